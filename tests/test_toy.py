@@ -15,6 +15,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from annotate import JUDGING_PROMPT
 from stable_reinforce import parse
 from toy import model as toy_model, pretrain, world
 
@@ -93,7 +94,7 @@ def test_questions_about_a_scene_are_answered_truly():
     families = {"What colour": "colour", "Which shape is ": "shape", "How many": "count", "Where is": "position", "Which are": "comparison"}
     seen = Counter()
     for item in (twins[0] for twins in sets(300)):
-        for question, claim in world.questions_about(item["scene"]):
+        for question, claim in sum(world.questions_about(item["scene"]).values(), []):
             if question.startswith("What is at"):
                 cell = item["scene"][world.PLACES.index(question[len("What is at the "):-1])]
                 assert claim == ("nothing" if cell is None else " ".join(cell))
@@ -150,7 +151,7 @@ def test_tokens_are_qwens_where_it_matters(processor):
     for text in ("</think><answer>1</answer>", "<answer> 2", "**1**", "12", "a1b2"):
         pieces = [tokenizer.decode([i]) for i in tokenizer.encode(text)]
         assert "".join(pieces) == text and all(p.isdigit() == any(c.isdigit() for c in p) and len(p) == 1 for p in pieces if any(c.isdigit() for c in p))
-    for text in ("héllo 漢字", "\x00\t\n", "😀", world.JUDGING_PROMPT, "<think>a</think>"):
+    for text in ("héllo 漢字", "\x00\t\n", "😀", JUDGING_PROMPT, "<think>a</think>"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 

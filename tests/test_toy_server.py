@@ -24,6 +24,7 @@ from pathlib import Path
 
 import pytest
 
+from annotate import JUDGING_PROMPT
 from stable_reinforce import parse, parse_consistency
 from toy import server, world
 
@@ -81,7 +82,7 @@ def url_of(image):
 def ask(item, shown=(0, 1), **options):
     """The body of a request for a judgement, as a dict."""
     answer1, answer2 = (item["answers"][i] for i in shown)
-    text = world.JUDGING_PROMPT.format(question=item["question"], answer1=answer1, answer2=answer2)
+    text = JUDGING_PROMPT.format(question=item["question"], answer1=answer1, answer2=answer2)
     content = [*map(url_of, item["images"]), {"type": "text", "text": text}] if item["images"] else text
     messages = [{"role": "system", "content": "-"}, {"role": "user", "content": content}]
     return {"model": "any", "messages": messages, **options}

@@ -22,6 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: `toy` is found from the folder above
 import torch
 
+from annotate import JUDGING_PROMPT
 from stable_reinforce import parse_consistency
 from toy import model as toy_model, world
 
@@ -41,13 +42,19 @@ def ask_of(medium):
     return f"What does the {medium} show?"
 
 
+def why(item, claim):
+    return f"{item['question']} What shows it?", world.evidence(item, item["scene"], claim)
+
+
 def see(rng, hardest=1.0):
     """A picture: questions about it, and its description somewhere among them."""
     medium = rng.choice(("image",) * 7 + ("video", "text", "text"))
     item = rng.choice(world.twins(rng, n=rng.choice((2, 3)), medium=medium, difficulty=hardest * rng.random()))
-    turns = [(item["question"], item["claims"][item["right"]])]
+    claim = item["claims"][item["right"]]
+    turns = [(item["question"], claim)]
     more = world.questions_about(item["scene"])
-    turns += rng.sample(more, min(len(more), rng.randrange(3, 7)))
+    turns += [rng.choice(more[kind]) for kind in rng.sample(sorted(more), min(len(more), rng.randrange(3, 7)))]
+    turns.append(why(item, claim))
     if medium != "text":  # a text-only picture is told in the first question, which must stay the first
         rng.shuffle(turns)
         # the description comes last half of the time: what comes after it can be looked up there and teaches no sight
@@ -62,11 +69,13 @@ def read(rng, hardest=1.0):
     a, b = item["answers"]
     turns = [(f"What does Response {k + 1} {verb}?", item[kind][k])
              for k in (0, 1) for verb, kind in (("say", "answers"), ("claim", "claims"))]
+    turns += [(f"Which response claims {item['claims'][k]}?", ("first", "second")[k]) for k in (0, 1)]
     if long:
-        turns += [(item["question"], item["claims"][item["right"]]), (ask_of("image"), world.describe(item["scene"]))]
+        claim = item["claims"][item["right"]]
+        turns += [(item["question"], claim), (ask_of("image"), world.describe(item["scene"])), why(item, claim)]
     rng.shuffle(turns)
     pair = f"[Question]: {item['question']}; [Response 1]: {a}; [Response 2]: {b}"
-    context = world.JUDGING_PROMPT.format(question=item["question"], answer1=a, answer2=b) if long else pair
+    context = JUDGING_PROMPT.format(question=item["question"], answer1=a, answer2=b) if long else pair
     turns[0] = (f"{context}\n\n{turns[0][0]}", turns[0][1])
     return look(item if long else {"medium": "text"}, turns, rng)
 
@@ -95,7 +104,7 @@ TASKS = {see: 0.5, read: 0.34, repeat: 0.08, consistency: 0.08}  # shares of the
 def judging(item, shown, manner, rng):
     """Table 1's prompt with an annotator's right judgement: not for the base model, for those that come after it."""
     a, b = (item["answers"][i] for i in shown)
-    text = world.JUDGING_PROMPT.format(question=item["question"], answer1=a, answer2=b)
+    text = JUDGING_PROMPT.format(question=item["question"], answer1=a, answer2=b)
     return look(item, [(text, world.judgement(item, shown, shown.index(item["right"]) + 1, manner))], rng)
 
 

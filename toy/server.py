@@ -41,6 +41,7 @@ from pathlib import Path
 
 if not __package__:  # run as a script: `toy` is found from the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from annotate import JUDGING_PROMPT
 from toy import world
 
 NAME = "toy-stand-in"  # of the model that is not there
@@ -174,7 +175,7 @@ def filled(template, **slots):
     return re.compile(pattern, re.DOTALL)
 
 
-JUDGING = filled(world.JUDGING_PROMPT, question=".*?", answer1=".*?", answer2=".*?")
+JUDGING = filled(JUDGING_PROMPT, question=".*?", answer1=".*?", answer2=".*?")
 CONSISTENCY = filled(world.CONSISTENCY_PROMPT, reasoning=".*", choice="[12]")
 
 
@@ -405,7 +406,7 @@ class Server:
         """What is said to a request, and counted."""
         counts, asked, pair = self.counts, CONSISTENCY.fullmatch(text), JUDGING.fullmatch(text)
         if asked is None and pair is None:
-            raise Bad("the text is neither JUDGING_PROMPT nor CONSISTENCY_PROMPT of toy/world.py, filled in", 400)
+            raise Bad("the text is neither JUDGING_PROMPT of annotate.py nor CONSISTENCY_PROMPT of toy/world.py, filled in", 400)
         item = None
         if pair:
             key = world.key_of(pair["question"], images)

@@ -42,6 +42,7 @@ from pathlib import Path
 
 if not __package__:  # run as a script: `toy` is found from the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from annotate import JUDGING_PROMPT
 from toy import world
 
 MARKER = "made_by_toy_sources.json"
@@ -284,8 +285,8 @@ def mm_rlhf(source, rows):
 
 def r1_reward_rl(source, rows):
     """The released RL set, as the authors' README shows it (pictures apart) and as the hub holds it (pictures inside)."""
-    head = world.JUDGING_PROMPT.partition("[Question]:")[0]
-    tail = "  \n\n###### **Output Format (strictly follow):**  \n" + world.JUDGING_PROMPT.splitlines()[-1]
+    head = JUDGING_PROMPT.partition("[Question]:")[0]
+    tail = "  \n\n###### **Output Format (strictly follow):**  \n" + JUDGING_PROMPT.splitlines()[-1]
     table = []
     for i, fault, item in source.rows(rows):
         choice, name = source.rng.choice((1, 2)), f"RLAIF-V-image/toy-{i}"
