@@ -1,10 +1,71 @@
 """
-Stage 1: preference sets -> pairs; an MLLM judges each pair, up to 3 attempts -> R1-Reward-200K (section 3.2, Table 1 and 2).
+Stage 1: preference sets -> pairs; an MLLM judges each pair, up to 3 attempts -> R1-Reward-200K (section 3.2, Tables 1 and 2).
+
+  collect    every source of Table 2, in the files it has on the hub; a row that makes no pair is dropped and counted by reason
+  mix        all of MM-RLHF and 100,000 of the others, shuffled; answers 1 and 2 are the better one equally often; no pair twice
+  annotate   the MLLM judges a pair until its verdict is the ground truth, at most 3 times; how often it had to is the difficulty
+  write      all pairs; for SFT the solved ones with their reasoning; for RL those of 2 or 3 attempts and the failed ones; a report
+
+Where the paper is silent, or differs:
+1) attempt k is sent with seed k - 1. At temperature 0 attempts differ only by what an API does not repeat exactly; an endpoint
+   that does repeat (vLLM) makes the same mistake three times. --temperature 0.7, say, makes attempts differ by their seeds
+2) VLFeedback: one pair a prompt, the best answer against the worst by the mean of the three ratings
+3) WildVision-Battle: a later turn's question holds what was said before; rows whose models were told different things are dropped
+4) pictures first, then the text (the released RL set has the text first), as in evaluation. Pictures above --max_pixels are
+   sent smaller, the others as they are; of a video --max_frames evenly spaced frames are sent
+5) "no pair twice": same question, same two answers in either order, same pictures by their pixels; of two, MM-RLHF's stays
+6) --decontaminate: 864 of VL-RewardBench's 1,250 rows come from the training sources; the paper does not speak of it. Off by default
+7) --both_orders: each pair also swapped, annotated apart; a pair whose every verdict is wrong in both orders gets
+   "contradicted": true, as the label may be what is wrong
+8) --mode critique: a critique of each single answer, for the critic of Table 5 (sft.py --head critic); the prompt is ours
+
+The toy, 6,000 pairs from seven sources; the stand-in annotator runs in another terminal:
+$ python toy/sources.py --out out/toy/data --seed 0
+$ python toy/server.py --key out/toy/data/key.jsonl --port 8010
+$ python annotate.py @toy/annotate.args
+The paper's set, by gpt-4o, the key in OPENAI_API_KEY. POVID's pictures are COCO's: put train2014 into its folder (not yet run at this scale):
+$ python annotate.py --data RLAIF-V=data/RLAIF-V-Dataset VLFeedback=data/VLFeedback POVID=data/POVID \
+    WildVision-Battle=data/wildvision-battle MM-RLHF=data/MM-RLHF --out out/annotate --concurrency 64
+Your own pairs {"prompt", "chosen", "rejected", "image": path or none}, any OpenAI-compatible server:
+$ python annotate.py --data pairs=mine.jsonl --base_url http://localhost:8000/v1 --model Qwen/Qwen2.5-VL-7B-Instruct --price 0 0
+
+Stop it at will, Ctrl-C or kill -9; the same command goes on, and no reply is paid for twice.
+Reads   the sources (SOURCES below), local or from the hub. URLs inside the data are never fetched.
+Writes  pairs.jsonl, sft.jsonl, rl.jsonl, report.md and report.png under --out, the same bytes however often it was stopped; beside
+        them mix.jsonl, dropped.jsonl, journal.jsonl (every reply) and images/ (pictures that lay inside parquet files)
 """
 import argparse
+import asyncio
+import base64
+import fcntl
+import functools
+import hashlib
+import io
+import itertools
 import json
 import os
+import random
+import re
+import shutil
+import statistics
+import time
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from email.utils import parsedate_to_datetime
 from pathlib import Path
+from urllib.parse import urlparse
+
+from stable_reinforce import parse
+
+
+ATTEMPTS = 3  # section 3.2
+SETS = {"pairs": (1, 2, 3, 4, None), "sft": (1, 2, 3), "rl": (2, 3, 4)}  # file: the attempts of the pairs in it (section 3.2)
+SWAPPED = "#swapped"  # ends the id of a pair in its second order
+
+
+class Unusable(ValueError):
+    """An input that its owner has to mend; main() prints it without a traceback."""
+
 
 # ---------------------------------------------------------------------------------------------------
 # The pair: what flows from here to evaluate.py
@@ -24,6 +85,13 @@ Output Format (strictly follow)
 
 <think>Your detailed comparative analysis</think><answer>1/2</answer>"""
 
+# Ours: the paper has GPT-4o write an evaluation of each response and prints no prompt.
+CRITIQUE_PROMPT = """You are a careful evaluator of a response that a Large Multimodal Model gave to a question.
+
+[Question]: {question}; [Response]: {answer}
+
+Write a short critique of the response: what of it is right, what is wrong or missing, and how helpful it is. Give no score."""
+
 paths = lambda v: isinstance(v, list) and all(isinstance(p, str) and p for p in v)
 PAIR = {  # field: (what is legal, the check)
     "id": ("a non-empty string", lambda v: isinstance(v, str) and v != ""),
@@ -42,36 +110,49 @@ PAIR = {  # field: (what is legal, the check)
 def check_pair(row, where):
     """A row of JSON -> a pair, or a ValueError that says where, what is wrong and what is legal. Other fields are kept."""
     if not isinstance(row, dict):
-        raise ValueError(f"{where} is {type(row).__name__}; legal: an object with {', '.join(PAIR)}")
+        raise Unusable(f"{where} is {type(row).__name__}; legal: an object with {', '.join(PAIR)}")
     for field, (legal, check) in PAIR.items():
         if field not in row:
-            raise ValueError(f"{where} has no {field!r}; legal: {legal}")
+            raise Unusable(f"{where} has no {field!r}; legal: {legal}")
         if not check(row[field]):
-            raise ValueError(f"{where}: {field!r} is {json.dumps(row[field])[:200]}; legal: {legal}")
+            raise Unusable(f"{where}: {field!r} is {json.dumps(row[field], default=repr)[:200]}; legal: {legal}")
     return row
 
 
-def read_pairs(path, limit=None):
-    """All pairs of a JSONL file, the paths in them joined to its folder; limit = the first so many."""
-    path, pairs = Path(path), []
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; legal: a JSONL file of pairs, as annotate.py writes")
-    with path.open(encoding="utf-8") as lines:
+def located_lines(path):
+    """(offset in bytes, where, object) of each line of a JSONL file."""
+    offset = 0
+    with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
-            if limit is not None and len(pairs) == limit:
-                break
             where = f"{path}, line {number}"
             if not line.strip():
-                raise ValueError(f"{where} is empty; legal: one JSON object a line")
+                raise Unusable(f"{where} is empty; legal: one JSON object a line")
             try:
-                row = json.loads(line)
-            except ValueError as problem:
-                raise ValueError(f"{where} is no JSON ({problem}); legal: one JSON object a line") from None
-            pair = check_pair(row, where)
-            pair["images"] = [os.path.join(path.parent, p) for p in pair["images"]]
-            pair["video"] = pair["video"] and [os.path.join(path.parent, p) for p in pair["video"]]
-            pairs.append(pair)
-    return pairs
+                yield offset, where, json.loads(line)
+            except (ValueError, RecursionError) as problem:
+                raise Unusable(f"{where} is no JSON ({problem}); legal: one JSON object a line. Is the file cut off?") from None
+            offset += len(line)
+
+
+def json_lines(path):
+    return ((where, row) for _, where, row in located_lines(path))
+
+
+def each_pair(path):
+    """The pairs of a JSONL file one by one, the paths in them joined to its folder."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; legal: a JSONL file of pairs, as annotate.py writes")
+    for where, row in json_lines(path):
+        pair = check_pair(row, where)
+        pair["images"] = [os.path.join(path.parent, p) for p in pair["images"]]
+        pair["video"] = pair["video"] and [os.path.join(path.parent, p) for p in pair["video"]]
+        yield pair
+
+
+def read_pairs(path, limit=None):
+    """All pairs of a JSONL file; limit = the first so many."""
+    return list(itertools.islice(each_pair(path), limit))
 
 
 def write_pairs(path, pairs):
@@ -80,7 +161,7 @@ def write_pairs(path, pairs):
     path.parent.mkdir(parents=True, exist_ok=True)
     relative = lambda p: os.path.relpath(p, path.parent)
     part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
+    with part.open("w", encoding="utf-8", errors="backslashreplace") as file:  # half a surrogate pair becomes JSON's \udXXX
         for i, pair in enumerate(pairs):
             row = dict(check_pair(pair, f"pair {i} of {path}"))
             row["images"] = [relative(p) for p in row["images"]]
@@ -101,32 +182,810 @@ def swap(pair):
     return pair | {"responses": pair["responses"][::-1], "choice": 3 - pair["choice"]}
 
 
+def turn(pair, text):
+    """One user turn: images, then video frames, then text. Parts are as qwen-vl-utils and Qwen's chat template read them."""
+    media = [{"type": "image", "image": path} for path in pair["images"]]
+    media += [{"type": "video", "video": pair["video"]}] if pair["video"] else []
+    return [{"role": "user", "content": media + [{"type": "text", "text": text}]}]
+
+
 def messages(pair, order=0):
     """
-    The one layout in which every stage shows a pair: images, then video frames, then the text of Table 1, in one user turn.
-    order 1 shows the answers swapped. Parts are as qwen-vl-utils and Qwen's chat template read them.
+    The one layout in which every stage shows a pair: its pictures, then the text of Table 1. order 1 shows the answers swapped.
 
     >>> pair = {"question": "Q", "images": ["a.png"], "video": None, "responses": ["x", "y"]}
     >>> [part["type"] for part in messages(pair)[0]["content"]], "[Response 1]: y;" in messages(pair, 1)[0]["content"][1]["text"]
     (['image', 'text'], True)
     """
     first, second = pair["responses"][::-1] if order else pair["responses"]
-    text = JUDGING_PROMPT.format(question=pair["question"], answer1=first, answer2=second)
-    media = [{"type": "image", "image": path} for path in pair["images"]]
-    media += [{"type": "video", "video": pair["video"]}] if pair["video"] else []
-    return [{"role": "user", "content": media + [{"type": "text", "text": text}]}]
+    return turn(pair, JUDGING_PROMPT.format(question=pair["question"], answer1=first, answer2=second))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Sources. A function for each makes of a row what was found: {id, question, chosen, rejected, images (paths or bytes) or video
+# (paths of frames)}, where a picture that is not there is None; or the reason to drop the row.
+
+
+def locate(folder, name, *below):
+    """
+    The file that a row names: under folder or its subfolders `below`, by the longest end of the name that is there; so a path
+    on another machine's disk is found by its last parts. None: nowhere. A URL stays what it is.
+    """
+    if not isinstance(name, str) or not name or "\0" in name or "://" in name:
+        return name if name and "://" in name else None
+    parts = Path(name).parts
+    tries = (os.path.join(folder, b, *parts[i:]) for i in range(len(parts)) for b in ("", *below))
+    return next((path for path in tries if os.path.exists(path)), None)
+
+
+def picture(value, folder):
+    """A picture as a row holds it: a path, or a parquet cell {bytes, path}."""
+    if not isinstance(value, dict):
+        return locate(folder, value)
+    return locate(folder, value["path"]) if value["bytes"] is None else value["bytes"]
+
+
+def frames(folder):
+    """The frames of a video, a folder of pictures, in the order of the numbers in their names: 9 before 10."""
+    order = lambda path: [(int(t), "") if t.isdecimal() else (-1, t) for t in re.split(r"([0-9]+)", path.name)]
+    inside = Path(folder).iterdir() if folder and os.path.isdir(folder) else ()
+    return [str(p) for p in sorted((p for p in inside if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")), key=order)]
+
+
+def told(turns):
+    """
+    What the last of these turns answers: the question, after what was said before it, if anything was.
+
+    >>> told([("user", "Q"), ("assistant", "A")]), told([("user", "Q"), ("assistant", "A"), ("user", "R"), ("assistant", "B")])
+    ('Q', 'user: Q\\nassistant: A\\nuser: R')
+    """
+    return turns[0][1] if len(turns) == 2 else "\n".join(f"{who}: {text}" for who, text in turns[:-1])
+
+
+def rlaif_v(row, number, folder):
+    return {"id": f"RLAIF-V-{row['idx']}", "question": row["question"], "chosen": row["chosen"], "rejected": row["rejected"],
+            "images": [picture(row["image"], folder)]}
+
+
+def vlfeedback(row, number, folder):
+    """Four answers a prompt, rated 1 to 5 in three respects; an answer without text or without three numbers does not count."""
+    answers = row["completions"]
+    if isinstance(answers, dict):  # as `datasets` turns it round: a dictionary of lists
+        turned = lambda node, i: {k: turned(v, i) for k, v in node.items()} if isinstance(node, dict) else node[i]
+        answers = [turned(answers, i) for i in range(len(answers["response"]))]
+    rated, reason = [], "tie"
+    for answer in answers:
+        try:
+            score = sum(float(note["Rating"]) for note in answer["annotations"].values())
+        except ValueError:
+            score, reason = None, "non-numeric rating"
+        if not (answer["response"] or "").strip():
+            score, reason = None, "empty answer"
+        rated += [] if score is None else [(score, answer["response"])]
+    scores = [score for score, _ in rated]
+    if len(set(scores)) < 2:
+        return reason
+    best, worst = (rated[scores.index(pick(scores))][1] for pick in (max, min))  # of equals the first
+    return {"id": row["id"], "question": row["prompt"], "chosen": best, "rejected": worst,
+            "images": [locate(folder, row["img_path"], "merged_images")]}
+
+
+def povid(row, number, folder):
+    """Conversations in LLaVA's form; the pictures are COCO train2014's, which come apart."""
+    a, b = ([({"human": "user", "gpt": "assistant"}.get(t["from"], t["from"]), t["value"].replace("<image>", "").strip())
+             for t in row[side]] for side in ("conversations", "rejected_conversations"))
+    if a[:-1] != b[:-1]:
+        return "different histories"
+    return {"id": row["id"], "question": told(a), "chosen": a[-1][1], "rejected": b[-1][1],
+            "images": [locate(folder, row["image"], "coco", "train2014", "coco/train2014")]}
+
+
+def wildvision(row, number, folder):
+    """Battles of two models before a person. VL-RewardBench names a row by its number."""
+    a, b = ([(t["role"], t["content"]) for t in row[side]] for side in ("conversation_a", "conversation_b"))
+    winner = row["winner"] or "none"
+    if winner not in ("model_a", "model_b"):
+        return "tie" if winner.startswith("tie") else "no winner"
+    if a[:-1] != b[:-1]:
+        return "different histories"
+    best, worst = (a, b) if winner == "model_a" else (b, a)
+    return {"id": f"wildvision-battle-{number}", "question": told(a), "chosen": best[-1][1], "rejected": worst[-1][1],
+            "images": [picture(row["image"], folder)]}
+
+
+def own(row, number, folder):
+    """People's own data, and the commonest form: {prompt, chosen, rejected}; id and image, images or video (frames) if any."""
+    found = {"id": row.get("id", f"row-{number}"), "question": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]}
+    if video := row.get("video"):
+        return found | {"video": [locate(folder, v) for v in video] if isinstance(video, list) else frames(locate(folder, video))}
+    images = row.get("images") or row.get("image") or []
+    return found | {"images": [picture(i, folder) for i in (images if isinstance(images, list) else [images])]}
+
+
+def mm_rlhf(row, number, folder):
+    """Pairs of different rank, made by its authors. The first folder of image or video is the category of Table 2."""
+    found = {"drop": "tie"} if row.get("is_tie") else own(row, number, folder)
+    return found | {"source": f"MM-RLHF-{Path(row.get('image') or row.get('video') or 'text').parts[0].capitalize()}"}
+
+
+R1_TEXT = re.compile(r"\[Question\]:(.*?)(?:\n#+ *|; )\[Response 1\]:(.*?)(?:\n#+ *|; )\[Response 2\]:(.*?)"
+                     r"(?:\n[#* ]*Output Format \(strictly follow\).*)?\Z", re.DOTALL)
+
+
+def r1_reward_rl(row, number, folder):
+    """The authors' RL set: a judging prompt already. Pictures inside as base64, or named by a path on the authors' disk."""
+    message = json.loads(row["message"]) if isinstance(row["message"], str) else row["message"]
+    parts = {part["type"]: part[part["type"]] for part in message[0]["content"]}
+    asked, choice = R1_TEXT.search(parts["text"]), parse("".join(row["answer"])).choice
+    if asked is None or choice is None:
+        return "no verdict" if asked else "unknown layout"
+    image = locate(folder, parts["image"]) if "image" not in row else row["image"] and base64.b64decode(row["image"])
+    return {"id": f"R1-Reward-RL-{number}", "question": asked[1].strip(), "chosen": asked[1 + choice].strip(),
+            "rejected": asked[4 - choice].strip(), "images": [image]}
+
+
+SOURCES = {  # name: (what reads a row, where the rows are in the download, the fields each has)
+    "RLAIF-V": (rlaif_v, ["*.parquet", "data/*.parquet"], "idx question chosen rejected image"),
+    "VLFeedback": (vlfeedback, ["*.jsonl", "*.parquet"], "id prompt completions img_path"),
+    "POVID": (povid, ["POVID*.json", "*.json"], "id image conversations rejected_conversations"),
+    "WildVision-Battle": (wildvision, ["data/*.parquet", "*.parquet"], "conversation_a conversation_b image winner"),
+    "MM-RLHF": (mm_rlhf, ["dpo_pairs.jsonl"], "id prompt chosen rejected"),
+    "R1-Reward-RL": (r1_reward_rl, ["data/*.parquet", "*.parquet", "*.jsonl"], "message answer"),
+    "pairs": (own, ["pairs.jsonl"], "prompt chosen rejected"),  # FORK: a source of yours is a function and a line
+}
+
+# ---------------------------------------------------------------------------------------------------
+# 1. Collect: rows -> out/read/*.jsonl, a file a source, each written once; pictures inside parquet become files
+
+
+def json_list(path):
+    try:
+        table = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as problem:
+        raise Unusable(f"{path} is no JSON ({problem}); legal: one list of objects. Is the file cut off?") from None
+    if not isinstance(table, list):
+        raise Unusable(f"{path} is {type(table).__name__}; legal: one list of objects")
+    for number, row in enumerate(table, 1):
+        yield f"{path}, item {number}", row
+
+
+def parquet_rows(path):
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=32):  # a picture can have megabytes
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", row
+    except (pyarrow.ArrowException, OSError) as problem:
+        raise Unusable(f"{path}, after row {number}: no parquet ({problem}). Is the file cut off?") from None
+
+
+def table_rows(path, patterns):
+    """(where, row) of each file at path: one file, or a folder in which the first pattern that matches anything counts."""
+    path = Path(path)
+    files = [path] if path.is_file() else next(filter(None, (sorted(path.glob(p)) for p in patterns)), [])
+    if not files:
+        raise Unusable(f"{path}: has no {' or '.join(patterns)}; legal: the folder of the download, or one of its files" if path.is_dir()
+                       else f"{path}: no such file or folder; mend the path, or download it first")
+    formats = {".jsonl": json_lines, ".json": json_list, ".parquet": parquet_rows}
+    for file in files:
+        if file.suffix not in formats:
+            raise Unusable(f"{file}: is {file.suffix or 'without a suffix'}; legal: {', '.join(formats)}")
+        yield from formats[file.suffix](file)
+
+
+def found_in(name, path):
+    """(where, found) of each row of a source, checked."""
+    read, patterns, fields = SOURCES[name]
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    for number, (where, row) in enumerate(table_rows(path, patterns)):
+        lacks = [f for f in fields.split() if not isinstance(row, dict) or f not in row]
+        if lacks:
+            raise Unusable(f"{where} has no {', '.join(lacks)}; legal for {name}: an object with {', '.join(fields.split())}")
+        try:
+            found = read(row, number, folder)
+            found = {"drop": found} if isinstance(found, str) else found
+            texts = {k: "" if found[k] is None else found[k].encode(errors="replace").decode()  # half surrogates cannot be sent
+                     for k in ("question", "chosen", "rejected") if "drop" not in found}
+        except (LookupError, TypeError, AttributeError, ValueError) as problem:
+            raise Unusable(f"{where} is not as rows of {name} are ({problem!r}); see {read.__name__}() in annotate.py") from None
+        if "drop" not in found and not (texts["chosen"].strip() and texts["rejected"].strip()):
+            found["drop"] = "empty answer"
+        elif "drop" not in found and texts["chosen"].strip() == texts["rejected"].strip():
+            found["drop"] = "same answers"
+        yield where, {"source": name} | found | texts
+
+
+@functools.lru_cache(4096)  # pairs of one prompt lie together
+def pixels(path):
+    return fingerprint(Path(path).read_bytes())[0]
+
+
+def fingerprint(data):
+    """(hash of the pixels, format) of a picture's bytes. Decodes all of it: a file that was cut off shows only then."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as image:
+        form, seen = image.format, image.convert("RGB")
+        return hashlib.sha256(repr(seen.size).encode() + seen.tobytes()).hexdigest()[:32], form
+
+
+def keep(value, folder):
+    """A picture's path or bytes -> (path, hash of its pixels), or the reason to drop its row."""
+    if isinstance(value, str) and "://" in value:
+        return "picture is a URL"
+    if value is None or isinstance(value, str) and not os.path.isfile(value):
+        return "missing image"
+    try:
+        if isinstance(value, str):
+            return value, pixels(value)
+        shape, form = fingerprint(value)
+    except Exception:  # what a damaged file raises is up to the decoder: OSError, SyntaxError, ValueError, struct.error, ...
+        return "unreadable image"
+    name = hashlib.sha256(value).hexdigest()[:32]
+    path = Path(folder, name[:2], f"{name}.{form.lower()}")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{name}.{random.getrandbits(64):x}.part")  # two rows with one picture may come at once
+        part.write_bytes(value)
+        os.replace(part, path)
+    return str(path), shape
+
+
+def collect(name, path, out, spool):
+    """Reads a source into a file of {"pair", "pixels"} or {"drop", "source", "where"}, a line a row. Whole or not at all."""
+    from tqdm import tqdm
+
+    part = spool.with_name(spool.name + ".part")
+    with ThreadPoolExecutor(min(16, os.cpu_count())) as pool, part.open("w") as file:
+        todo = iter(tqdm(found_in(name, path), desc=f"reading {name}", unit=" rows", mininterval=1))
+        while batch := list(itertools.islice(todo, 32)):
+            every = {p for _, found in batch if "drop" not in found for p in found.get("video") or found.get("images", ())}
+            kept = dict(zip(every, pool.map(lambda p: keep(p, out / "images"), every)))
+            for where, found in batch:
+                file.write(json.dumps(spooled(where, found, kept)) + "\n")
+    os.replace(part, spool)
+
+
+def spooled(where, found, kept):
+    """A line of the spool. The better answer comes first until mix() gives it its place."""
+    pictures = [] if "drop" in found else [kept[p] for p in found.get("video") or found.get("images", ())]
+    bad = [p for p in pictures if isinstance(p, str)] or ["missing frames"] * (found.get("video") == [])
+    if "drop" in found or bad:
+        return {"drop": found.get("drop", bad and bad[0]), "source": found["source"], "where": where}
+    files = [os.path.abspath(path) for path, _ in pictures]
+    video = "video" in found
+    return {"pair": {"id": str(found["id"]), "source": found["source"], "question": found["question"],
+                     "images": [] if video else files, "video": files if video else None,
+                     "responses": [found["chosen"], found["rejected"]], "choice": 1, "attempts": None, "annotation": None},
+            "pixels": [shape for _, shape in pictures]}
+
+# ---------------------------------------------------------------------------------------------------
+# 2. Mix: which pairs, in which order, and which answer comes first. All by hashes of the id: nothing depends on reading order
+
+
+def same_run(path, made, asked):
+    differs = [f"{k} is {made.get(k)!r} there, {asked.get(k)!r} now" for k in sorted(made | asked) if made.get(k) != asked.get(k)]
+    if differs:
+        raise Unusable(f"{path} belongs to another configuration: {'; '.join(differs)}. "
+                       "Give the same flags to go on with it, or another --out to begin anew")
+
+
+def text_key(question, answers):
+    """Question and answers in either order, whatever the case and spaces."""
+    plain = lambda text: " ".join(text.replace("<image>", " ").casefold().split())
+    return hashlib.sha256(json.dumps([plain(question), *sorted(map(plain, answers))]).encode()).digest()[:16]
+
+
+def benchmark_keys(files):
+    """{"id", "text", "picture"}: what the rows of benchmark files can be known by, in the formats of the three and of pairs."""
+    known = {"id": set(), "text": set(), "picture": set()}
+    for file in files:
+        folder, absent = os.path.dirname(file), 0
+        for where, row in table_rows(file, []):
+            get = lambda *names: next((row[n] for n in names if row.get(n) is not None), None)
+            question = get("query", "prompt", "Text", "question")
+            answers = get("response", "responses") or [get("chosen", "Output1"), get("rejected", "Output2")]
+            if question is None or None in answers:
+                raise Unusable(f"{where} has no question with two answers; legal for --decontaminate: the files of VL-RewardBench, "
+                               "Multimodal RewardBench and MM-RLHF-RewardBench, or pairs")
+            known["id"].add(str(get("id", "ID")))
+            known["text"].add(text_key(question, answers))
+            found = own(row | {"prompt": question, "chosen": "", "rejected": "", "image": get("image", "Image")}, 0, folder)
+            for value in found.get("video") or found.get("images", ()):
+                absent += value is None
+                known["picture"] |= set() if value is None else {pixels(value) if isinstance(value, str) else fingerprint(value)[0]}
+        print(f"{file}: {absent} of its pictures are not there, so they match nothing" if absent else f"{file}: read")
+    return known
+
+
+def candidates(spools, known, counts, dropped):
+    """(id, source, spool, offset) of every pair that may be taken; the others are counted, and listed in `dropped`."""
+    seen, ids = set(), set()
+    for spool in spools:
+        for offset, _, row in located_lines(spool):
+            pair, reason = row.get("pair", row), row.get("drop")
+            if not reason:
+                text = text_key(pair["question"], pair["responses"])
+                matched = [kind for kind, hit in (("id", pair["id"] in known["id"]), ("text", text in known["text"]),
+                                                  ("picture", not known["picture"].isdisjoint(row["pixels"]))) if hit]
+                key = hashlib.sha256(text + "".join(row["pixels"]).encode()).digest()[:16]
+                reason = "in a benchmark, by " + ", ".join(matched) if matched else "seen before" if key in seen else None
+                seen.add(key)
+            counts[pair["source"]][reason or "pairs"] += 1
+            if reason:
+                where = row.get("where") or f"id {pair['id']}"
+                dropped.write(json.dumps({"source": pair["source"], "where": where, "reason": reason}) + "\n")
+                continue
+            again = (f"{pair['id']}#{n}" for n in itertools.count(2))
+            name = pair["id"] if pair["id"] not in ids else next(n for n in again if n not in ids)
+            ids.add(name)
+            yield name, pair["source"], spool, offset
+
+
+def mix(args, out):
+    """Makes out/mix.jsonl, unless it is there, and -> {source: {what became of its rows: how many}}."""
+    asked = {k: vars(args)[k] for k in ("data", "seed", "others", "limit", "both_orders", "decontaminate")}
+    about = out / "mix.json"
+    made = json.loads(about.read_text()) if about.exists() else {"made with": asked}
+    same_run(about, made["made with"], asked)
+    if "counts" in made:
+        return made["counts"]
+    whole(about, json.dumps(made))  # from here on, no other flags
+    (out / "read").mkdir(exist_ok=True)
+    spools = []
+    for i, (name, path) in enumerate(sorted(args.data, key=lambda d: d[0] != "MM-RLHF")):  # of equal pairs the first one stays
+        spools.append(out / "read" / f"{i}-{name}.jsonl")
+        if not spools[-1].exists():
+            collect(name, from_hub(path, out / "hub" / name) if path.startswith("hub:") else path, out, spools[-1])
+    counts = defaultdict(Counter)
+    with open(out / "dropped.jsonl", "w") as dropped:
+        pool = list(candidates(spools, benchmark_keys(args.decontaminate), counts, dropped))
+    for name in {name for name, _ in args.data}:
+        if not any(n["pairs"] for source, n in counts.items() if source.startswith(name)):
+            why = "; ".join(f"{n} {reason}" for c in counts.items() if c[0].startswith(name) for reason, n in c[1].items())
+            raise Unusable(f"--data {name}: not one pair came of it ({why or 'no rows'}; see {out / 'dropped.jsonl'}). "
+                           f"Are the pictures where the rows say? Then remove {out} and run again")
+    rank = lambda what: lambda entry: hashlib.sha256(f"{args.seed} {what} {entry[0]}".encode()).digest()
+    human, others = ([e for e in pool if e[1].startswith("MM-RLHF") == yes] for yes in (True, False))
+    taken = sorted(human + sorted(others, key=rank("sample"))[:args.others], key=rank("shuffle"))[:args.limit]
+    swapped = {e[0] for e in sorted(taken, key=rank("place"))[:len(taken) // 2]}
+    for _, source, *_ in taken:
+        counts[source]["taken"] += 1
+
+    def pairs():
+        files = {spool: spool.open("rb") for spool in spools}
+        for name, _, spool, offset in taken:
+            files[spool].seek(offset)
+            pair = json.loads(files[spool].readline())["pair"] | {"id": name}
+            pair = swap(pair) if name in swapped else pair
+            yield pair
+            if args.both_orders:
+                yield swap(pair) | {"id": name + SWAPPED}
+
+    write_pairs(out / "mix.jsonl", pairs())
+    whole(about, json.dumps(made | {"counts": counts}))
+    shutil.rmtree(out / "read")
+    return counts
+
+
+def whole(path, text):
+    """A file that appears whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def from_hub(address, folder):
+    """hub:owner/name@revision -> a folder with its files, archives unpacked. Has not yet been run against the hub."""
+    import zipfile
+
+    from huggingface_hub import snapshot_download
+
+    repo, _, revision = address.removeprefix("hub:").partition("@")
+    if not revision:
+        raise Unusable(f"{address}: legal: hub:owner/name@revision. Sets on the hub change: without a revision nothing can be repeated")
+    try:
+        snapshot_download(repo, repo_type="dataset", revision=revision, local_dir=folder)
+    except Exception as problem:  # offline, no such set, no permission: the hub's client has its own words for each
+        raise Unusable(f"{address}: not fetched ({problem}). Download it by other means and give its folder") from None
+    for archive in folder.rglob("*.zip"):
+        with zipfile.ZipFile(archive) as packed:
+            packed.extractall(archive.parent)
+    return str(folder)
+
+
+# ---------------------------------------------------------------------------------------------------
+# 3. Annotate
+
+
+class Journal:
+    """
+    Every reply, an object a line, appended the moment it is here; the first line is the configuration. A killed process (-9 too)
+    loses nothing that was appended. There is no fsync: if the power goes, the last seconds may be paid for again.
+    """
+
+    def __init__(self, path, config):
+        self.path, self.replies, self.tokens = path, defaultdict(list), [0, 0]  # replies: {id: [(choice, offset in the file)]}
+        self.file = path.open("a+b")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+        except BlockingIOError:
+            raise Unusable(f"{path}: another annotate.py is writing to it; wait for it, or choose another --out") from None
+        self.mend()
+        lines = located_lines(path)
+        _, _, made = next(lines, (0, "", None))
+        if made is None:
+            self.append_line(config)
+        else:
+            same_run(path, made, config)
+        for offset, where, row in lines:
+            try:
+                self.learn(row, offset)
+            except (LookupError, TypeError):
+                raise Unusable(f"{where}: {json.dumps(row)[:200]} is no reply; legal: id, attempt, text, finish, tokens") from None
+
+    def mend(self):
+        """Cuts off a last line that a killed process has half written."""
+        size = end = self.file.seek(0, os.SEEK_END)
+        while end and (self.file.seek(end - 1), self.file.read(1))[1] != b"\n":
+            end -= 1
+        self.file.truncate(end)
+        if end < size:
+            print(f"{self.path}: the last line was half written; its {size - end} bytes are cut off")
+
+    def append_line(self, row):
+        self.file.write(json.dumps(row).encode() + b"\n")
+        self.file.flush()
+
+    def append(self, row):
+        self.learn(row, self.file.seek(0, os.SEEK_END))
+        self.append_line(row)
+
+    def learn(self, row, offset):
+        self.replies[row["id"]].append((parse(row["text"]).choice, offset))
+        self.tokens = [a + b for a, b in zip(self.tokens, row["tokens"])]
+
+    def text(self, offset):
+        self.file.seek(offset)
+        return json.loads(self.file.readline())["text"]
+
+
+class Unanswered(Exception):
+    """The endpoint gave no reply to a request, for a reason that is not the model's."""
+
+
+class Endpoint:
+    """
+    An OpenAI-compatible API, or what plays one. What is not the model's doing (rate limits, errors of the server, broken
+    connections, bodies that are no completion) is tried again and never becomes a reply.
+    """
+
+    def __init__(self, base_url, timeout=180, retries=12):
+        import openai
+
+        host = urlparse(base_url).hostname or ""
+        key = os.environ.get("OPENAI_API_KEY") or ("EMPTY" if host == "localhost" or host.startswith("127.") or host == "::1" else None)
+        if key is None:
+            raise Unusable(f"OPENAI_API_KEY is not set, and {base_url} is not on this machine; export OPENAI_API_KEY=...")
+        self.openai, self.retries, self.retried, self.key = openai, retries, Counter(), key
+        self.client = openai.AsyncOpenAI(base_url=base_url, api_key=key, timeout=timeout, max_retries=0)
+
+    async def ask(self, model, messages, **fields):
+        """-> {text, finish, tokens: [in, out]}; a refusal is a text like any other."""
+        for attempt in itertools.count():
+            headers = {}
+            try:
+                raw = await self.client.chat.completions.with_raw_response.create(model=model, messages=messages, extra_body=fields)
+                return completion(raw.http_response.content)
+            except self.openai.APIStatusError as problem:
+                status, headers, why = problem.status_code, problem.response.headers, str(problem).replace(self.key, "***")
+                if status in (401, 403, 404):
+                    raise Unusable(f"{self.client.base_url}: {why}; mend OPENAI_API_KEY, --model or --base_url") from None
+                if status < 500 and status not in (408, 409, 425, 429):
+                    raise Unanswered(why) from None
+                kind = str(status)
+            except self.openai.APIConnectionError as problem:  # a timeout is one, too
+                kind = why = f"{type(problem).__name__} ({problem.__cause__ or problem})"
+            except (ValueError, LookupError, TypeError, AttributeError) as problem:
+                kind, why = "no completion", f"the body is no completion ({problem!r})"
+            self.retried[kind] += 1
+            if attempt == self.retries:
+                raise Unanswered(f"{attempt + 1} times in a row no answer, at last: {why}")
+            await asyncio.sleep(wanted_pause(headers) + min(60, 0.5 * 2**attempt) * random.uniform(0.5, 1))
+
+
+def completion(body):
+    """The bytes of a chat completion -> {text, finish, tokens}; an error of some kind if they are none."""
+    reply = json.loads(body)
+    choice, usage = reply["choices"][0], reply.get("usage") or {}
+    text = choice["message"].get("content") or choice["message"].get("refusal") or ""
+    if not isinstance(text, str):
+        raise TypeError(f"content is {type(text).__name__}")
+    return {"text": text, "finish": choice.get("finish_reason"),
+            "tokens": [usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0]}
+
+
+def wanted_pause(headers):
+    """
+    Seconds asked for by Retry-After, which is a number or a date.
+
+    >>> wanted_pause({"retry-after": "1.5"}), wanted_pause({"retry-after": "soon"}), wanted_pause({})
+    (1.5, 0.0, 0.0)
+    """
+    asked = headers.get("retry-after", "0")
+    try:
+        return max(0.0, float(asked))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(asked).timestamp() - time.time())
+    except ValueError:
+        return 0.0
+
+
+def data_url(path, max_pixels):
+    """A picture as it is sent: its file as it is, or, if it is too large or of a rare kind, scaled down and as JPEG."""
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as image:
+        width, height = image.size
+        if image.format in ("PNG", "JPEG", "WEBP") and width * height <= max_pixels:
+            data, kind = Path(path).read_bytes(), Image.MIME[image.format]
+        else:
+            scale, out = min(1, (max_pixels / (width * height)) ** 0.5), io.BytesIO()
+            image = ImageOps.exif_transpose(image).convert("RGB")
+            image.resize([max(1, int(n * scale)) for n in image.size], Image.Resampling.BICUBIC).save(out, "JPEG", quality=95)
+            data, kind = out.getvalue(), "image/jpeg"
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def as_sent(turns, max_pixels, max_frames):
+    """Messages as an API takes them: pictures as data URLs, at most so many frames of a video, evenly spaced."""
+    def parts(part):
+        if part["type"] == "text":
+            return [part]
+        files = [part["image"]] if part["type"] == "image" else part["video"]
+        n = min(len(files), max_frames)
+        files = [files[i * (len(files) - 1) // max(1, n - 1)] for i in range(n)] if part["type"] == "video" else files
+        return [{"type": "image_url", "image_url": {"url": data_url(path, max_pixels)}} for path in files]
+
+    return [turn | {"content": [p for part in turn["content"] for p in parts(part)]} for turn in turns]
+
+
+def due(pair, replies, mode):
+    """The messages of the pair's next attempt, or None if there is none."""
+    if mode == "critique":
+        n = len(replies)
+        return None if n == 2 else turn(pair, CRITIQUE_PROMPT.format(question=pair["question"], answer=pair["responses"][n]))
+    solved = replies and replies[-1][0] == pair["choice"]
+    return None if solved or len(replies) == ATTEMPTS else messages(pair)
+
+
+async def annotate(pairs, journal, endpoint, args, bar):
+    """Asks for all that is due, --concurrency pairs at a time. -> how many pairs got no answer."""
+    fields = {"temperature": args.temperature, "max_tokens": args.max_tokens}
+    aside, silent, judged, solved = Counter(), 0, 0, 0
+
+    async def work():
+        nonlocal silent, judged, solved
+        for pair in pairs:  # one generator for all workers
+            replies = journal.replies[pair["id"]]
+            while (asked := due(pair, replies, args.mode)) is not None:
+                try:
+                    sent = await asyncio.to_thread(as_sent, asked, args.max_pixels, args.max_frames)
+                except Exception as problem:  # see keep()
+                    raise Unusable(f"pair {pair['id']}: a picture can no longer be read ({problem}); bring it back and run again") from None
+                wanted = {k: v for k, v in (fields | {"seed": len(replies)} | args.request).items() if v is not None}  # deviation 1
+                try:
+                    reply = await endpoint.ask(args.model, sent, **wanted)
+                except Unanswered as problem:
+                    silent += 1
+                    aside[str(problem)] += 1
+                    if aside[str(problem)] == 1:
+                        bar.write(f"pair {pair['id']} is left for the next run: {problem}")
+                    if silent >= args.concurrency:
+                        raise Unusable(f"{args.base_url}: {silent} pairs in a row got no answer, the last one: {problem}. "
+                                       "All replies are kept; run again when it answers") from None
+                    break
+                silent = 0
+                journal.append({"id": pair["id"], "attempt": len(replies) + 1} | reply)
+            else:
+                judged, solved = judged + 1, solved + (replies[-1][0] == pair["choice"])
+                bar.update()
+                bar.set_postfix(solved=f"{solved / judged:.1%}", retried=endpoint.retried.total(), refresh=False)
+
+    await asyncio.gather(*[work() for _ in range(args.concurrency)])
+    return aside.total()
+
+
+# ---------------------------------------------------------------------------------------------------
+# 4. Write
+
+
+def judged(path, journal, both_orders=False):
+    """The pairs of the mix with what the journal has on them."""
+    said = lambda name: [choice for choice, _ in journal.replies.get(name, ())]
+    for pair in each_pair(path):
+        mine, name = journal.replies.get(pair["id"], ()), pair["id"]
+        if mine and mine[-1][0] == pair["choice"]:
+            pair |= {"attempts": len(mine), "annotation": journal.text(mine[-1][1])}
+        elif len(mine) == ATTEMPTS:
+            pair["attempts"] = ATTEMPTS + 1
+        if both_orders:  # deviation 7
+            other = name.removesuffix(SWAPPED) if name.endswith(SWAPPED) else name + SWAPPED
+            pair["contradicted"] = said(name) == [3 - pair["choice"]] * ATTEMPTS and said(other) == [pair["choice"]] * ATTEMPTS
+        yield pair
+
+
+def criticised(path, journal):
+    for pair in each_pair(path):
+        mine = journal.replies.get(pair["id"], ())
+        if len(mine) == 2:
+            yield pair | {"critiques": [journal.text(offset) for _, offset in mine]}
+
+
+def table(head, body):
+    """Markdown; numbers with thousands, to the right."""
+    text = lambda v: f"{v:,}" if isinstance(v, int) else str(v)
+    lines = [head, ["---:" if i and isinstance(body[0][i], int) else "---" for i in range(len(head))], *body]
+    return "\n".join("| " + " | ".join(map(text, line)) + " |" for line in lines) + "\n\n"
+
+
+def report(out, counts, journal, pairs, args):
+    """report.md and report.png. Nothing in them is of the moment: the same replies make the same bytes."""
+    tries, verdicts, lengths, odd = defaultdict(Counter), defaultdict(Counter), defaultdict(list), Counter()
+    for pair in pairs:
+        tries[pair["source"]][pair["attempts"]] += 1
+        for name, within in SETS.items():
+            verdicts[name][pair["choice"]] += pair["attempts"] in within
+        if pair["annotation"] is not None:
+            lengths[pair["attempts"]].append(len(pair["annotation"]))
+            odd["solved, but not in the form of Table 1"] += not parse(pair["annotation"]).well_formed
+        odd["contradicted in both orders"] += pair.get("contradicted", False)
+    columns = [1, 2, 3, 4, None]
+    line = lambda name, of: [name, *(sum(counts[s].get(k, 0) for s in of) for k in ("pairs", "taken")),
+                             *(sum(tries[s][k] for s in of) for k in columns)]
+    calls, (tokens_in, tokens_out) = sum(map(len, journal.replies.values())), journal.tokens
+    dollars = (tokens_in * args.price[0] + tokens_out * args.price[1]) / 1e6
+    reasons = [[s, reason, n] for s in sorted(counts) for reason, n in sorted(counts[s].items()) if reason not in ("pairs", "taken")]
+    spread = lambda v: [len(v), int(statistics.median(v)), sorted(v)[int(0.95 * (len(v) - 1))]]
+    text = f"# {len(journal.replies):,} pairs judged by {args.model} at temperature {args.temperature:g}\n\n"
+    text += table(["source", "usable pairs", "taken", "1 attempt", "2", "3", "failed", "no answer"],
+                  [*(line(s, [s]) for s in sorted(counts)), line("all", list(counts))])
+    text += table(["file", "answer 1 is better", "answer 2 is better"], [[f"{n}.jsonl", verdicts[n][1], verdicts[n][2]] for n in SETS])
+    text += table(["solved at attempt", "reasonings", "characters, median", "95th percentile"],
+                  [[str(k), *spread(lengths[k])] for k in sorted(lengths)]) if lengths else ""
+    text += "".join(f"{n:,} {what}. " for what, n in odd.items()) + "\n\n"
+    text += f"{calls:,} replies, {tokens_in:,} tokens in, {tokens_out:,} out: ${dollars:,.2f} at ${args.price[0]:g} and "
+    text += f"${args.price[1]:g} a million.\n\n" + (table(["source", "dropped because", "rows"], reasons) if reasons else "")
+    whole(out / "report.md", text)
+    draw(out / "report.png", tries, lengths)
+    print(text)
+
+
+def draw(path, tries, lengths):
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    names, done = sorted(tries), Counter()
+    for k, colour in zip((1, 2, 3, 4), ("#4c9f70", "#e3b23c", "#e07b39", "#b23a48")):
+        shares = [tries[s][k] / tries[s].total() for s in names]
+        left.barh(names, shares, left=[done[s] for s in names], color=colour, label="failed" if k == 4 else f"{k}")
+        done.update(dict(zip(names, shares)))
+        if lengths[k]:
+            right.hist(lengths[k], bins=40, histtype="step", color=colour, density=True, label=f"{k}")
+    left.set(xlabel="share of pairs", title="attempts until the verdict was right")
+    right.set(xlabel="characters", yticks=[], title="length of the reasoning, by attempts")
+    left.legend(loc="lower left")
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    pyplot.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------
 
 
+def source(text):
+    """RLAIF-V=folder, on the command line."""
+    name, _, path = text.partition("=")
+    if name not in SOURCES or not path:
+        raise argparse.ArgumentTypeError(f"{text!r} names no source; legal: NAME=PATH or NAME=hub:owner/name@revision, "
+                                         f"NAME being one of {', '.join(SOURCES)}")
+    return [name, path]
+
+
+def fields(text):
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object; legal, for example: '{{\"top_p\": 0.9, \"seed\": null}}'")
+    return value
+
+
+def at_least(least, kind=int):
+    def number(text):
+        if not least <= (value := kind(text)) < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text}; legal: {least} or more")
+        return value
+    return number
+
+
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@")
+    g = p.add_argument_group("data")
+    g.add_argument("--data", type=source, nargs="+", action="extend", required=True, metavar="NAME=PATH",
+                   help=f"sources: {', '.join(SOURCES)}; PATH: the download's folder, one of its files, or hub:owner/name@revision")
+    g.add_argument("--others", type=at_least(0), default=100_000, help="pairs drawn from what is not MM-RLHF, which is taken whole (section 3.2)")
+    g.add_argument("--limit", type=at_least(1), help="only so many pairs, of the whole mix at random; default: all")
+    g.add_argument("--seed", type=int, default=0, help="of the sample, the order, and which answer is shown first")
+    g.add_argument("--both_orders", action="store_true", help="each pair also with its answers swapped; marks contradicted pairs (ours)")
+    g.add_argument("--decontaminate", nargs="+", default=[], metavar="FILE",
+                   help="benchmark files; training pairs with their ids, texts or pictures are dropped (ours)")
+    g.add_argument("--out", default="out/annotate", help="folder for everything that is written")
+    g = p.add_argument_group("annotator")
+    g.add_argument("--mode", choices=("judge", "critique"), default="judge", help="critique: writes critic.jsonl from the same mix (deviation 8)")
+    g.add_argument("--base_url", default="https://api.openai.com/v1", help="any OpenAI-compatible endpoint; key in OPENAI_API_KEY")
+    g.add_argument("--model", default="gpt-4o", help="as the endpoint calls it")
+    g.add_argument("--temperature", type=at_least(0, float), default=0.0, help="0 in the paper (deviation 1)")
+    g.add_argument("--max_tokens", type=at_least(1), default=2048, help="of a reply (ours)")
+    g.add_argument("--max_pixels", type=at_least(1), default=1_003_520, help="larger pictures are sent scaled down (ours)")
+    g.add_argument("--max_frames", type=at_least(1), default=8, help="of a video, evenly spaced (ours)")
+    g.add_argument("--request", type=fields, default={}, metavar="JSON",
+                   help='fields to add to each request; null takes one out: {"max_tokens": null, "max_completion_tokens": 2048}')
+    g = p.add_argument_group("sending; may change when a stopped run goes on")
+    g.add_argument("--concurrency", type=at_least(1), default=32, help="requests at a time")
+    g.add_argument("--timeout", type=at_least(0.1, float), default=180.0, help="seconds without a sign of the endpoint")
+    g.add_argument("--retries", type=at_least(0), default=12, help="of one request, up to a minute apart; then its pair waits for the next run")
+    g.add_argument("--price", type=at_least(0, float), nargs=2, default=[2.5, 10.0], metavar=("IN", "OUT"),
+                   help="dollars a million tokens, for the report; the default was gpt-4o's")
     return p
 
 
-def main():
-    parser().parse_args()
+def run(args):
+    from tqdm import tqdm
+
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    # 1. and 2. collect the sources, mix
+    counts = mix(args, out)
+    # 3. annotate
+    asked = ("mode", "model", "temperature", "max_tokens", "max_pixels", "max_frames", "request")
+    prompt = JUDGING_PROMPT if args.mode == "judge" else CRITIQUE_PROMPT
+    config = {k: vars(args)[k] for k in asked} | {"prompt": hashlib.sha256(prompt.encode()).hexdigest()[:12],
+              "pairs": hashlib.sha256((out / "mix.jsonl").read_bytes()).hexdigest()[:12]}
+    journal = Journal(out / ("journal.jsonl" if args.mode == "judge" else "journal-critique.jsonl"), config)
+    endpoint = Endpoint(args.base_url, args.timeout, args.retries)
+    total = sum(n.get("taken", 0) for n in counts.values()) * (2 if args.both_orders else 1)
+    with tqdm(total=total, desc=args.mode, unit=" pairs", smoothing=0.05, mininterval=1) as bar:
+        left = asyncio.run(annotate(each_pair(out / "mix.jsonl"), journal, endpoint, args, bar))
+    # 4. write
+    if args.mode == "critique":
+        write_pairs(out / "critic.jsonl", criticised(out / "mix.jsonl", journal))
+    else:
+        pairs = lambda: judged(out / "mix.jsonl", journal, args.both_orders)
+        for name, attempts in SETS.items():
+            write_pairs(out / f"{name}.jsonl", (pair for pair in pairs() if pair["attempts"] in attempts))
+        report(out, counts, journal, pairs(), args)
+    print(f"sent again: {dict(endpoint.retried) or 'nothing'}")
+    if left:
+        raise Unusable(f"{left} of {total} pairs got no answer (see above); the same command asks for these again, and for nothing else")
+
+
+def main(words=None):
+    args = parser().parse_args(words)
+    try:
+        run(args)
+    except (Unusable, FileNotFoundError) as problem:
+        raise SystemExit(f"annotate.py: {problem}")
+    except KeyboardInterrupt:
+        raise SystemExit("annotate.py: stopped; every reply that arrived is kept, and the same command goes on from here")
 
 
 if __name__ == "__main__":
