@@ -1,0 +1,763 @@
+"""
+Stage 2: the long-CoT cold start (section 3.2), and the two baselines of Table 5.
+
+The base model learns the format of a judgement from the annotator's: the loss is the mean of -log p over all response tokens
+of the global batch, the same on any number of ranks, at any micro-batch size. With --head it trains the reward models that
+R1-Reward is compared with: `scalar` (a two-layer MLP on the last token of a response, in place of the LM head) and `critic`
+(the model first writes a critique of the single response, then the MLP scores it).
+
+rl.py and downstream_grpo.py build on what stands here: ranks and engine, pairs -> rows -> micro-batches, log-probabilities of
+response tokens, checkpoints, the log.
+
+Where the paper is silent (all flags):
+1) AdamW (0.9, 0.95), no weight decay, gradient norm clipped at 1; linear warm-up over 3 % of the steps, then a cosine to 10 %
+2) images of at most 640 tokens; a pair longer than the context is dropped and counted, never cut
+3) the baselines: pair loss -log sigmoid(better - worse), mean over pairs; for the critic plus the loss on its critiques
+
+The toy, on two CPU cores:
+$ python sft.py @toy/sft.args
+One node with 4 GPUs of 80 GB, the paper's setting (not yet run at this scale):
+$ torchrun --nproc_per_node=4 sft.py --data data/sft.jsonl --out out/sft
+Two nodes, on each with its NODE_RANK and a folder they share as --out:
+$ torchrun --nnodes=2 --node_rank=$NODE_RANK --master_addr=$HOST --master_port=29500 --nproc_per_node=4 sft.py --data data/sft.jsonl --out out/sft
+A baseline of Table 5:
+$ torchrun --nproc_per_node=4 sft.py --head scalar --data data/sft.jsonl --out out/scalar
+
+Reads a JSONL file of pairs (see annotate.py) and a model's folder or name. Writes into --out: the model as from_pretrained and
+vLLM read it, log.jsonl (one row a step), checkpoints/. The same command run again continues from the last checkpoint.
+"""
+import argparse
+import json
+import math
+import os
+import random
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from annotate import CRITIQUE_PROMPT, messages, read_pairs, turn
+from stable_reinforce import parse
+
+MEDIA = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
+INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", *MEDIA)  # of a batch, what the model itself takes
+
+# ---------------------------------------------------------------------------------------------------
+# Log-probabilities of response tokens, and the model around them
+
+
+class TokenLogps(torch.autograd.Function):
+    """
+    log softmax(hidden @ weight.T)[token] and its entropy, in float32, a chunk of tokens at a time. The backward computes each
+    chunk's logits again, so that no more than CHUNK of them ever exist. The entropy is a statistic: it has no gradient.
+    """
+    CHUNK = 2**26  # logits at once: 256 MB in float32
+
+    @staticmethod
+    def chunks(hidden, weight):
+        n = max(1, TokenLogps.CHUNK // len(weight))
+        return [slice(i, i + n) for i in range(0, len(hidden), n)]
+
+    @staticmethod
+    def logits(hidden, weight):
+        if hidden.is_cuda and hidden.dtype != torch.float32:  # the sums are float32 inside: keep them, do not round to bfloat16
+            return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+        return torch.mm(hidden, weight.T).float()
+
+    @staticmethod
+    def forward(ctx, hidden, weight, tokens, entropy):  # (N, H), (V, H), (N,)
+        logp, norm = (torch.empty(len(tokens), dtype=torch.float32, device=hidden.device) for _ in range(2))
+        H = torch.empty_like(logp) if entropy else None  # (N,)
+        for c in TokenLogps.chunks(hidden, weight):
+            logits = TokenLogps.logits(hidden[c], weight)  # (n, V)
+            norm[c] = logits.logsumexp(-1)
+            logp[c] = logits.gather(1, tokens[c, None])[:, 0] - norm[c]
+            if entropy:  # -sum p log p = log Z - sum p logit
+                H[c] = norm[c] - torch.linalg.vecdot((logits - norm[c, None]).exp_(), logits)
+        ctx.save_for_backward(hidden, weight, tokens, norm)
+        if entropy:
+            ctx.mark_non_differentiable(H)
+        return logp, H
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        hidden, weight, tokens, norm = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for c in TokenLogps.chunks(hidden, weight):
+            # d logp / d logits = onehot(token) - p
+            d = TokenLogps.logits(hidden[c], weight).sub_(norm[c, None]).exp_().mul_(-grad[c, None])  # (n, V)
+            d.scatter_add_(1, tokens[c, None], grad[c, None])
+            d = d.to(weight.dtype)
+            grad_hidden[c] = d @ weight
+            if grad_weight is not None and d.is_cuda and d.dtype != torch.float32:
+                grad_weight += torch.mm(d.T, hidden[c], out_dtype=torch.float32)
+            elif grad_weight is not None:
+                grad_weight.addmm_(d.T.float(), hidden[c].float())
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+
+
+class Head(torch.nn.Linear):
+    """The LM head: logits of hidden states or, told the tokens, their log-probabilities. A module, so that ZeRO-3 gathers its weight."""
+
+    def forward(self, hidden, tokens=None, entropy=False):
+        return super().forward(hidden) if tokens is None else TokenLogps.apply(hidden, self.weight, tokens, entropy)
+
+
+class Policy(torch.nn.Module):
+    """A model of transformers (`.model`) and, for the baselines of Table 5, a reward head (`.head`) on the last token."""
+
+    def __init__(self, model, kind=None):
+        super().__init__()
+        self.model, self.kind = model, kind
+        self.model.lm_head.__class__ = Head
+        width = model.config.get_text_config().hidden_size
+        self.head = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.SiLU(), torch.nn.Linear(width, 1)) if kind else None
+
+    def forward(self, batch, entropy=False):
+        """A batch of collate() -> {"logp": (B, R), "entropy": (B, R) or None, "score": (B,) or None}, float32."""
+        inputs = {k: batch[k] for k in INPUTS if k in batch}
+        seen, unseen = self.look(inputs)
+        hidden = self.model.base_model(**inputs, mm_encoder_outputs=seen, use_cache=False).last_hidden_state + unseen  # (B, T, H)
+        hidden = hidden.flatten(0, 1)  # (B * T, H)
+        mask, out = batch["mask"], {"logp": None, "entropy": None, "score": None}
+        if self.kind != "scalar":
+            # only the positions that predict a response token are projected
+            flat = self.model.lm_head(hidden[batch["at"]], batch["tokens"], entropy)  # (N,) each, N response tokens
+            spread = lambda v: v.new_zeros(mask.shape).masked_scatter(mask, v)  # (B, R), 0 where there is no token
+            out["logp"], out["entropy"] = spread(flat[0]), spread(flat[1]) if entropy else None
+        if self.head is not None:
+            out["score"] = self.head(hidden[batch["last"]])[:, 0].float()
+        return out
+
+    def look(self, inputs):
+        """
+        The pixels among the inputs -> ({"image": features, "video": features} for those there are, 0). Both are looked at in every
+        micro-batch, a grey patch where there are none, which adds 0: every rank must run the same modules in the same order, since
+        ZeRO-3 gathers each module's weights and ZeRO-2 reduces each gradient together with the other ranks.
+        """
+        v, base, seen, unseen = self.model.config.vision_config, self.model.base_model, {}, 0
+        for kind, look in (("image", base.get_image_features), ("video", base.get_video_features)):
+            pixels, grid = inputs.pop("pixel_values" + "_videos" * (kind == "video"), None), inputs.get(f"{kind}_grid_thw")
+            if pixels is None:
+                side = v.spatial_merge_size
+                pixels = torch.zeros(side**2, v.in_channels * v.temporal_patch_size * v.patch_size**2, device=self.model.device)
+                grey = look(pixels, torch.tensor([[1, side, side]], device=self.model.device), return_dict=True)
+                deep = getattr(grey, "deepstack_features", None) or []  # Qwen3-VL: features of its tower's earlier layers
+                unseen = unseen + 0 * sum(t.sum() for group in (grey.pooler_output, *deep) for t in group)
+            else:
+                seen[kind] = look(pixels, grid, return_dict=True)
+        return seen, unseen
+
+
+def token_logps(policy, batch, entropy=False):
+    """Log-probabilities of the response tokens, (B, R) in float32, 0 where batch["mask"] is; with entropy: (logp, entropy)."""
+    out = policy(batch, entropy)  # policy: a Policy, or the engine around it
+    return (out["logp"], out["entropy"]) if entropy else out["logp"]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Loading and saving
+
+
+def load_policy(folder, head=None, dtype="auto", attn="sdpa", min_pixels=None, max_pixels=None, recompute=False, freeze_vision=False):
+    """
+    (policy, processor) of a folder or a name on the hub. head: None | "scalar" | "critic" begins a new head; a folder that has
+    one brings its own. min_pixels, max_pixels: of an image; they go into the processor, so whoever loads it sees the same.
+    """
+    from safetensors.torch import load_file, safe_open
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as LEGAL
+
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type not in LEGAL or not hasattr(config, "vision_config"):
+        raise ValueError(f"{folder} is a {config.model_type!r}; legal: a model that reads images and text, as qwen2_5_vl, qwen2_vl, qwen3_vl")
+    # Loaded whole by each rank on the CPU; ZeRO-3 cuts it up afterwards (its loading in pieces renames keys wrongly for these models).
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation=attn)
+    processor = AutoProcessor.from_pretrained(folder)
+    for part in (processor.image_processor, processor.video_processor):
+        part.size = {"shortest_edge": min_pixels or part.size["shortest_edge"], "longest_edge": max_pixels or part.size["longest_edge"]}
+    stored = Path(folder, "reward_head", "head.safetensors")
+    if stored.is_file():
+        with safe_open(stored, "pt") as file:
+            head = file.metadata()["head"]
+    policy = Policy(model, head)
+    if stored.is_file():
+        policy.head.load_state_dict(load_file(stored))
+    if policy.head is not None:
+        policy.head.to(model.dtype)
+    if freeze_vision:
+        model.base_model.visual.requires_grad_(False)
+    if recompute:
+        model.gradient_checkpointing_enable()
+    return policy, processor
+
+
+def save_policy(policy, processor, folder, rank=0):
+    """Write the folder that from_pretrained, vLLM and load_policy read. All ranks call it; rank 0 writes. Files appear whole."""
+    model, state, kept = policy.model, {}, {}
+    for tensors, module in ((state, model), (kept, policy.head)):
+        for name, p in module.named_parameters() if module is not None else ():
+            with gathered([p]):  # under ZeRO-3 one parameter at a time
+                if rank == 0:
+                    tensors[name] = p.detach().cpu().clone()
+    if rank == 0:
+        part = Path(folder, "part")
+        shutil.rmtree(part, ignore_errors=True)
+        model.save_pretrained(part, state_dict=state)
+        processor.save_pretrained(part)
+        if policy.head is not None:  # in a folder of its own: vLLM reads every safetensors file beside the model
+            from safetensors.torch import save_file
+            (part / "reward_head").mkdir()
+            save_file(kept, part / "reward_head" / "head.safetensors", {"head": policy.kind})
+        for file in sorted(part.rglob("*")):
+            if file.is_file():
+                target = Path(folder, file.relative_to(part))
+                target.parent.mkdir(exist_ok=True)
+                os.replace(file, target)
+        shutil.rmtree(part)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gathered(parameters):
+    """Under ZeRO-3 the whole of these parameters inside the block, on every rank; else nothing to do."""
+    import contextlib
+    if not any(hasattr(p, "ds_id") for p in parameters):
+        return contextlib.nullcontext()
+    import deepspeed
+    return deepspeed.zero.GatheredParameters(parameters)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Pairs -> rows -> batches. A row is one sequence: {"prompt": ids, "types": ids, "response": ids, + MEDIA arrays}; token ids are
+# never turned into text and back, so a sampled response is row | {"response": its ids}.
+
+
+def encode(processor, turns, response=None):
+    """Chat turns (see annotate.messages) and the assistant's response, a text -> a row. Without a response: one to generate from."""
+    images, videos, metadata = read_media(processor, turns)
+    text = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    # what read_media has sized and sampled stays as it is
+    inputs = processor(text=[text], images=images, videos=videos, do_resize=False,
+                       **({"video_metadata": metadata, "do_sample_frames": False} if videos else {}))
+    row = {"prompt": list(inputs["input_ids"][0]), "types": list(inputs["mm_token_type_ids"][0]), "response": []}
+    row |= {k: torch.as_tensor(inputs[k]).numpy() for k in MEDIA if k in inputs}
+    if response is not None:
+        row["response"] = processor.tokenizer(response, add_special_tokens=False)["input_ids"] + [processor.tokenizer.eos_token_id]
+    return row
+
+
+def read_media(processor, turns):
+    """(images, videos, their metadata) of chat turns, as qwen-vl-utils reads and sizes them within the processor's bounds."""
+    from qwen_vl_utils import process_vision_info
+
+    bounds = {"image": processor.image_processor.size, "video": processor.video_processor.size}
+    sized = [turn | {"content": [part | {"min_pixels": bounds[part["type"]]["shortest_edge"], "max_pixels": bounds[part["type"]]["longest_edge"]}
+                                 if part["type"] in bounds else part for part in turn["content"]]}
+             for turn in turns if not isinstance(turn["content"], str)]
+    images, videos, _ = process_vision_info(sized, return_video_kwargs=True, return_video_metadata=True,
+                                            image_patch_size=processor.image_processor.patch_size)
+    frames, metadata = zip(*videos) if videos else (None, None)
+    return images, frames and list(frames), metadata and list(metadata)
+
+
+def length(row):
+    return len(row["prompt"]) + len(row["response"])
+
+
+def collate(rows, pad, device="cpu", left=False):
+    """
+    Rows -> a batch: padded at the end, or in front (left) to generate from. Beside the model's inputs: mask (B, R), True where
+    row i has a j-th response token; tokens (N,), those tokens; at (N,) the position in the flattened (B * T) that predicts each;
+    last (B,) that of each row's last token. No rows: two padding tokens and nothing to predict.
+    """
+    shown = rows or [{"prompt": [pad, pad], "types": [0, 0], "response": []}]
+    T, R = max(map(length, shown)), max(len(row["response"]) for row in shown)
+    ids, seen, types = torch.full((len(shown), T), pad), torch.zeros(len(shown), T, dtype=torch.long), torch.zeros(len(shown), T, dtype=torch.long)
+    mask, at, last = torch.zeros(len(rows), R, dtype=torch.bool), [], []
+    for i, row in enumerate(shown):
+        start = T - length(row) if left else 0
+        prompt, end = start + len(row["prompt"]), start + length(row)
+        ids[i, start:end] = torch.tensor(row["prompt"] + row["response"])
+        seen[i, start:end] = 1
+        types[i, start:prompt] = torch.tensor(row["types"])  # a response is text: 0. Without types the positions would silently be 1-D
+        if rows:
+            mask[i, :len(row["response"])] = True
+            at.append(torch.arange(i * T + prompt - 1, i * T + end - 1))
+            last.append(i * T + end - 1)
+    batch = {"input_ids": ids, "attention_mask": seen, "mm_token_type_ids": types, "mask": mask, "last": torch.tensor(last, dtype=torch.long),
+             "at": torch.cat(at) if at else torch.tensor([], dtype=torch.long),
+             "tokens": torch.tensor([token for row in rows for token in row["response"]], dtype=torch.long)}
+    for k in MEDIA:
+        arrays = [torch.as_tensor(row[k]) for row in rows if k in row]
+        if arrays:
+            batch[k] = torch.cat(arrays)
+    return {k: v.to(device) for k, v in batch.items()}
+
+
+def micro_batches(groups, budget):
+    """
+    This rank's groups (lists of rows that stay together) -> its micro-batches, lists of rows: sorted by length, longest first,
+    each filled until rows x longest row exceeds the budget. All ranks get the same number, some of them empty at the end,
+    because ZeRO-2 and 3 reduce and gather in every micro-batch.
+    """
+    batches = []
+    for group in sorted(groups, key=lambda g: -max(map(length, g))):
+        longest = max(map(length, batches[-1])) if batches else 0
+        if not batches or (len(batches[-1]) + len(group)) * longest > budget:
+            batches.append([])
+        batches[-1] = batches[-1] + group
+    return batches + [[]] * (int(reduced(len(batches), "max")) - len(batches))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Ranks and the engine
+
+
+def setup(seed):
+    """(rank, world, device) of this process, under torchrun or alone. gloo and float32 on a CPU, nccl and bfloat16 on a GPU."""
+    cuda = torch.cuda.is_available()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
+    if "RANK" not in os.environ:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        os.environ |= dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the forks of data workers
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    random.seed(seed)
+    torch.manual_seed(seed)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def reduced(value, how="sum"):
+    """Sum or maximum of numbers over all ranks: a number for a number, a list for a list. float64, so counts stay exact."""
+    many = torch.tensor(value, dtype=torch.float64)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        many = many.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(many, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[how])
+    return many.tolist()
+
+
+def make_engine(policy, zero, lr, device, weight_decay=0.0, clip_grad=1.0):
+    """
+    The DeepSpeed engine. zero: what is cut up among the ranks: 0 nothing, 1 optimizer, 2 and gradients, 3 and weights. 0 and 1
+    reduce the gradient once a step and hold all of it; 2 and 3 reduce it in every micro-batch and hold a share. On a GPU weights
+    are bfloat16, the optimizer's copy and the summed gradients float32.
+    """
+    import logging
+
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    cuda = device.type == "cuda"
+    if cuda and zero == 0:
+        raise ValueError("--zero is 0; legal on a GPU: 1, 2, 3 (DeepSpeed keeps float32 copies of bfloat16 weights from 1 on; on one GPU 1 cuts nothing)")
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
+    config = {
+        "train_micro_batch_size_per_gpu": 1, "managed_gradient_accumulation": False,  # update() decides when a step is due
+        "gradient_clipping": clip_grad, "bf16": {"enabled": cuda}, "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {"stage": zero}, "zero_allow_untested_optimizer": True, "steps_per_print": 10**9}
+    engine = deepspeed.initialize(model=policy, optimizer=optimizer, config=config, dist_init_required=False)[0]
+    engine.enable_backward_allreduce = zero > 0  # see update()
+    return engine
+
+
+def update(engine, batches, loss_of, lr):
+    """
+    One optimizer step. batches: this rank's micro_batches(); loss_of(rows) -> a micro-batch's part of the loss, divided by counts
+    over ALL ranks, so that the parts add up to the loss of the global batch. -> (loss, gradient norm before clipping). A gradient
+    that is not finite changes nothing, and the norm is inf.
+    """
+    world, total = dist.get_world_size(), 0.0
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    for rows in batches:
+        loss = loss_of(rows)
+        engine.backward(loss * world)  # DeepSpeed takes the mean over ranks; the loss is a sum
+        total += loss.item()
+    if engine.zero_optimization():
+        engine.step()
+        return reduced(total), float(engine.get_global_grad_norm()) if engine.was_step_applied() else math.inf
+    engine.buffered_allreduce_fallback()  # stage 0 clips without telling the norm: reduce here, measure, then step
+    norm = float(torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
+    if math.isfinite(norm):
+        engine.step()
+    engine.zero_grad()
+    return reduced(total), norm if math.isfinite(norm) else math.inf
+
+
+def schedule(step, steps, peak, warmup, kind, floor=0.1):
+    """The learning rate of step 0, 1, ...: linear up over warmup steps, then "cosine" or "linear" to floor * peak, or "constant"."""
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, steps - warmup)
+    return peak * {"constant": 1, "linear": 1 - (1 - floor) * done, "cosine": floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2}[kind]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Checkpoints and the log
+
+
+def save_checkpoint(folder, engine, step, extra=None):
+    """
+    Everything that the next step depends on, in folder/step-N: weights, optimizer, the ranks' random states, and `extra`, a dict
+    of each rank's own. Written beside and renamed when it is whole, then the older ones go: a kill at any moment leaves a good one.
+    """
+    rank, folder = dist.get_rank(), Path(folder)
+    part, whole = folder / f"step-{step:06d}.part", folder / f"step-{step:06d}"
+    if rank == 0:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    dist.barrier()
+    engine.save_checkpoint(part, tag="engine", save_latest=False)
+    state = {"step": step, "extra": extra, "random": random.getstate(), "torch": torch.get_rng_state(),
+             "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None, "shape": shape_of(engine)}
+    torch.save(state, part / f"rank-{rank}.pt")
+    dist.barrier()
+    if rank == 0:
+        if whole.exists():
+            shutil.rmtree(whole)
+        os.replace(part, whole)
+        for old in folder.glob("step-*"):
+            if old != whole:
+                shutil.rmtree(old)
+    dist.barrier()
+
+
+def load_checkpoint(folder, engine):
+    """Puts the newest whole checkpoint's state back; returns (step, extra), or (0, None) where there is none."""
+    found = sorted(p for p in Path(folder).glob("step-*") if p.suffix != ".part")
+    if not found:
+        return 0, None
+    mine = found[-1] / f"rank-{dist.get_rank()}.pt"
+    there, shape = len(list(found[-1].glob("rank-*.pt"))), shape_of(engine)
+    if there != dist.get_world_size():
+        raise ValueError(f"{found[-1]} was written by {there} ranks, this run has {dist.get_world_size()}; use as many, or another --out")
+    state = torch.load(mine, weights_only=False)
+    if state["shape"] != shape:
+        raise ValueError(f"{found[-1]} belongs to {state['shape']}, this run to {shape}; use that --model and --zero, or another --out")
+    engine.load_checkpoint(found[-1], tag="engine")
+    random.setstate(state["random"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
+    return state["step"], state["extra"]
+
+
+def shape_of(engine):
+    """What a checkpoint and a run must share: the architecture, its size, the head and how it is cut up."""
+    model = engine.module.model
+    sizes = [getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters()]
+    return f"{model.config.model_type}, {len(sizes)} tensors, {sum(sizes)} parameters, head {engine.module.kind}, ZeRO {engine.zero_optimization_stage()}"
+
+
+def header(args, world, device):
+    """The first row of a log: what it takes to repeat the run."""
+    import importlib.metadata as metadata
+
+    git = lambda *words: subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    version = lambda name: next((metadata.version(n) for n in (name, f"{name}-cpu") if any(metadata.distributions(name=n))), None)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {"args": vars(args), "command": sys.argv, "versions": {n: version(n) for n in ("torch", "transformers", "deepspeed", "vllm")},
+            "commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
+            "device": name, "ranks": world, "threads": torch.get_num_threads()}
+
+
+class Log:
+    """One line a step on the screen beside a bar, one row a step in folder/log.jsonl. Ranks other than 0 stay silent."""
+
+    def __init__(self, folder, first_row, step, steps, tracker="none"):
+        """step: the number of steps already done; rows beyond it, of a run that was killed, are dropped."""
+        self.path, self.on, self.tracker = Path(folder, "log.jsonl"), dist.get_rank() == 0, None
+        if not self.on:
+            return
+        from tqdm import tqdm
+
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        rows = self.path.read_text().splitlines() if step and self.path.exists() else []
+        kept = [row for row in rows if json.loads(row).get("step", 0) <= step] if rows else []
+        kept.append(json.dumps(first_row if not kept else {"resumed": step} | first_row))
+        part = self.path.with_suffix(".part")
+        part.write_text("\n".join(kept) + "\n")
+        os.replace(part, self.path)
+        self.bar = tqdm(total=steps, initial=step, dynamic_ncols=True)
+        if tracker == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+            self.tracker = SummaryWriter(folder, purge_step=step + 1)
+        elif tracker == "wandb":
+            import wandb
+            self.tracker = wandb.init(project="r1-reward", dir=folder, config=first_row["args"])
+
+    def row(self, step, **values):
+        """step counts from 1. Numbers are printed short and written whole."""
+        if not self.on:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        numbers = {k: v for k, v in values.items() if isinstance(v, (int, float))}
+        self.bar.update(step - self.bar.n)
+        self.bar.write(f"step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()), file=sys.stdout)
+        sys.stdout.flush()
+        if hasattr(self.tracker, "add_scalar"):
+            for k, v in numbers.items():
+                self.tracker.add_scalar(k, v, step)
+        elif self.tracker is not None:
+            self.tracker.log(numbers, step=step)
+
+    def close(self):
+        if self.on:
+            self.bar.close()
+
+
+# ---------------------------------------------------------------------------------------------------
+# What is learnt from a pair
+
+RECIPE = ("model", "head", "data", "val", "eval_n", "batch", "epochs", "lr", "warmup", "schedule", "weight_decay", "clip_grad", "seed", "context",
+          "min_pixels", "max_pixels", "freeze_vision")  # the flags that a run may not change half-way
+DROPPED = ("too long", "no annotation", "no critiques")  # why a pair is not trained on
+
+
+def critique_of(pair, i):
+    """The turn to which the critic answers with its critique of response i."""
+    return turn(pair, CRITIQUE_PROMPT.format(question=pair["question"], answer=pair["responses"][i]))
+
+
+def rows_of(pair, processor, head, context):
+    """A pair -> its rows: [the judgement] or, with a reward head, [the better response, the worse]. Or one of DROPPED."""
+    order = (pair["choice"] - 1, 2 - pair["choice"])
+    if head is None and pair["annotation"] is None:
+        return "no annotation"
+    if head == "critic" and pair.get("critiques") is None:
+        return "no critiques"
+    if head is None:
+        rows = [encode(processor, messages(pair), pair["annotation"])]
+    elif head == "scalar":
+        rows = [encode(processor, turn(pair, pair["question"]), pair["responses"][i]) for i in order]
+    else:
+        rows = [encode(processor, critique_of(pair, i), pair["critiques"][i]) for i in order]
+    return rows if max(map(length, rows)) <= context else "too long"
+
+
+class Items(torch.utils.data.Dataset):
+    """rows_of() by number, for data workers; an image that cannot be read is told with its file and line."""
+
+    def __init__(self, path, pairs, processor, head, context):
+        self.path, self.pairs, self.rest = path, pairs, (processor, head, context)
+
+    def __getitem__(self, i):
+        try:
+            return rows_of(self.pairs[i], *self.rest)
+        except OSError as problem:
+            raise ValueError(f"{self.path}, line {i + 1} ({self.pairs[i]['id']}): an image cannot be read: {problem}") from None
+
+
+def check_files(path, pairs):
+    """Says which line names an image that is not there, before hours have gone by."""
+    for i, pair in enumerate(pairs, 1):  # read_pairs gives one pair a line
+        for file in pair["images"] + (pair["video"] or []):
+            if not os.path.isfile(file):
+                raise FileNotFoundError(f"{path}, line {i} ({pair['id']}): there is no {file}; restore it or remove the line")
+
+
+def global_batches(pairs, numbers, size, epochs, seed):
+    """Lists of numbers of pairs, one a step: shuffled anew each epoch, the longest first in a step. An epoch's last may be smaller."""
+    batches, rng = [], random.Random(f"{seed} order")
+    about = lambda i: len(pairs[i]["annotation"] or "") + len(pairs[i]["question"]) + sum(map(len, pairs[i]["responses"]))
+    for _ in range(epochs):
+        order = rng.sample(numbers, len(numbers))
+        batches += [sorted(order[i:i + size], key=about, reverse=True) for i in range(0, len(order), size)]
+    return batches
+
+
+def losses(policy, batch):
+    """Sums: -log p over response tokens; -log sigmoid(better - worse) over pairs, 0 without a head; pairs scored right."""
+    out = policy(batch)
+    text = 0.0 if out["logp"] is None else -out["logp"].sum()
+    if out["score"] is None:
+        return text, 0.0, 0
+    margin = out["score"][::2] - out["score"][1::2]  # rows_of puts the better first
+    return text, -torch.nn.functional.logsigmoid(margin).sum(), int((margin > 0).sum())
+
+
+# ---------------------------------------------------------------------------------------------------
+# Validation
+
+
+def barred(processor, vocabulary):
+    """Ids that no response may hold: vision tokens, which have no pixels behind them, and numbers beyond the tokenizer's."""
+    names = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+    return processor.tokenizer.convert_tokens_to_ids(names) + list(range(len(processor.tokenizer), vocabulary))
+
+
+@torch.no_grad()
+def generate(policy, processor, rows, max_new_tokens, budget):
+    """Greedy responses by transformers: the token ids for each row, its end token included if it came."""
+    model, pad, end, found = policy.model.eval(), processor.tokenizer.pad_token_id, processor.tokenizer.eos_token_id, {}
+    ban = barred(processor, model.config.get_text_config().vocab_size)
+    zero3 = hasattr(next(model.parameters()), "ds_id")  # then ranks must take as many steps as the slowest
+    for group in micro_batches([[row | {"number": i}] for i, row in enumerate(rows)], budget):
+        if not group and not zero3:
+            continue
+        batch = collate(group, pad, model.device, left=True)
+        ids = model.generate(**{k: batch[k] for k in INPUTS if k in batch}, max_new_tokens=max_new_tokens, do_sample=False, temperature=None,
+                             top_p=None, top_k=None, repetition_penalty=1.0, suppress_tokens=ban, eos_token_id=end, pad_token_id=pad, synced_gpus=zero3)
+        for row, new in zip(group, ids[:, batch["input_ids"].shape[1]:].tolist()):
+            found[row["number"]] = new[:new.index(end) + 1] if end in new else new
+    return [found[i] for i in range(len(rows))]
+
+
+@torch.no_grad()
+def validate(engine, processor, pairs, context, budget, max_new_tokens):
+    """{"val_loss", "val_accuracy", ...} over all ranks. Without a head also val_format, both from greedy judgements."""
+    policy, pad, end = engine.module, processor.tokenizer.pad_token_id, processor.tokenizer.eos_token_id
+    device, head = policy.model.device, policy.kind
+    engine.eval()
+    mine = pairs[dist.get_rank()::dist.get_world_size()]
+    found = [rows_of(pair, processor, head, context) for pair in mine]
+    groups = [group for group in found if not isinstance(group, str)]
+    sums = [0.0, 0.0, 0.0]  # of losses()
+    for rows in micro_batches(groups, budget):
+        sums = [a + float(b) for a, b in zip(sums, losses(engine, collate(rows, pad, device)))]
+    text, pair, right, tokens, n = reduced([*sums, sum(len(row["response"]) for group in groups for row in group), len(groups)])
+    if head == "scalar":
+        return {"val_loss": pair / max(1, n), "val_accuracy": right / max(1, n), "val_n": int(n)}
+    if head == "critic":  # its own critiques, not the annotator's
+        rows = [row | {"response": []} for group in groups for row in group]
+        rows = [row | {"response": ids} for row, ids in zip(rows, generate(policy, processor, rows, max_new_tokens, budget))]
+        own = [losses(engine, collate(batch, pad, device))[2] for batch in micro_batches([rows[i:i + 2] for i in range(0, len(rows), 2)], budget)]
+        return {"val_loss": text / max(1, tokens) + pair / max(1, n), "val_accuracy": reduced(sum(own)) / max(1, n), "val_n": int(n)}
+    said = generate(policy, processor, [encode(processor, messages(pair)) for pair in mine], max_new_tokens, budget)
+    verdicts = [parse(processor.tokenizer.decode(ids, skip_special_tokens=True)) for ids in said]
+    right, form = reduced([sum(v.choice == pair["choice"] for v, pair in zip(verdicts, mine)),
+                           sum(v.well_formed and ids[-1] == end for v, ids in zip(verdicts, said))])
+    return {"val_loss": text / max(1, tokens), "val_format": form / len(pairs), "val_accuracy": right / len(pairs), "val_n": len(pairs)}
+
+
+# ---------------------------------------------------------------------------------------------------
+
+
+def parser():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@")
+    p.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)  # a file of flags: several on a line, # begins a comment
+    g = p.add_argument_group("model")
+    g.add_argument("--model", default="Qwen/Qwen2.5-VL-7B-Instruct", help="folder or name of the base model; Qwen2-VL, Qwen2.5-VL, Qwen3-VL")
+    g.add_argument("--head", choices=("scalar", "critic"), help="train a baseline of Table 5 instead; a model that has a head keeps it")
+    g.add_argument("--attn", default="sdpa", choices=("sdpa", "eager", "flash_attention_2"), help="attention; the last needs a GPU and flash-attn")
+    g.add_argument("--freeze_vision", action="store_true", help="leave the vision tower as it is")
+    g.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=True,
+                   help="compute activations again in the backward: a third more work, far less memory")
+    g = p.add_argument_group("data")
+    g.add_argument("--data", required=True, help="JSONL file of pairs with annotations, as annotate.py writes")
+    g.add_argument("--val", help="JSONL file of held-out pairs; none = --eval_n pairs of --data are held out")
+    g.add_argument("--context", type=int, default=8192, help="tokens; longer pairs are dropped and counted")
+    g.add_argument("--min_pixels", type=int, default=4 * 28 * 28, help="of an image or a frame; smaller ones are enlarged")
+    g.add_argument("--max_pixels", type=int, default=640 * 28 * 28, help="of an image or a frame; larger ones are reduced (ours: 640 tokens)")
+    g.add_argument("--workers", type=int, default=4, help="processes per rank that decode images ahead; 0 = none")
+    g = p.add_argument_group("optimisation")
+    g.add_argument("--lr", type=float, default=1e-5, help="peak learning rate; 1e-5 in the paper")
+    g.add_argument("--batch", type=int, default=256, help="pairs a step over all ranks; 256 in the paper")
+    g.add_argument("--epochs", type=int, default=1, help="1 in the paper")
+    g.add_argument("--warmup", type=float, default=0.03, help="share of the steps with rising learning rate (ours)")
+    g.add_argument("--schedule", default="cosine", choices=("cosine", "linear", "constant"), help="after the warm-up, down to a tenth (ours)")
+    g.add_argument("--clip_grad", type=float, default=1.0, help="bound of the gradient's norm; 0 = none (ours)")
+    g.add_argument("--weight_decay", type=float, default=0.0, help="of AdamW (ours)")
+    g.add_argument("--seed", type=int, default=0, help="of the order of the pairs and a new head's weights")
+    g = p.add_argument_group("validation, log, checkpoints")
+    g.add_argument("--out", required=True, help="folder for the model, the log and the checkpoints")
+    g.add_argument("--eval_every", type=int, default=50, help="steps between validations; there is one before the first and after the last")
+    g.add_argument("--eval_n", type=int, default=256, help="pairs that a validation judges; 0 = no validation")
+    g.add_argument("--max_new_tokens", type=int, default=1024, help="of a judgement or critique in validation")
+    g.add_argument("--save_every", type=int, default=50, help="steps between checkpoints; 0 = only the model at the end")
+    g.add_argument("--tracker", default="none", choices=("none", "tensorboard", "wandb"), help="log there as well; must be installed")
+    g = p.add_argument_group("system")
+    g.add_argument("--zero", type=int, default=2, choices=(0, 1, 2, 3), help="ZeRO stage; 0 only on a CPU; 3 when the weights do not fit")
+    g.add_argument("--micro_tokens", type=int, default=16384, help="padded tokens of a micro-batch; changes speed and memory, no result")
+    return p
+
+
+def main():
+    args = parser().parse_args()
+    # 1. ranks, model, engine
+    rank, world, device = setup(args.seed)
+    policy, processor = load_policy(args.model, args.head, torch.bfloat16 if device.type == "cuda" else torch.float32, args.attn,
+                                    args.min_pixels, args.max_pixels, args.recompute, args.freeze_vision)
+    engine = make_engine(policy, args.zero, args.lr, device, args.weight_decay, args.clip_grad)
+    collated = lambda rows: collate(rows, processor.tokenizer.pad_token_id, device)
+
+    # 2. pairs, in an order that depends on the seed alone
+    pairs = read_pairs(args.data)
+    check_files(args.data, pairs)
+    order = random.Random(f"{args.seed} held out").sample(range(len(pairs)), len(pairs))
+    held_out = read_pairs(args.val, args.eval_n) if args.val else [pairs[i] for i in order[:args.eval_n]]
+    if args.val:
+        check_files(args.val, held_out)
+    batches = global_batches(pairs, order if args.val else order[args.eval_n:], args.batch, args.epochs, args.seed)
+
+    # 3. where a run that was killed had got to
+    recipe = {k: v for k, v in vars(args).items() if k in RECIPE}
+    done, before = load_checkpoint(Path(args.out, "checkpoints"), engine)
+    if done and before["recipe"] != recipe:
+        raise ValueError(f"--out {args.out} has a run with {before['recipe']}, not {recipe}; continue with its flags, or choose another --out")
+    if not done and Path(args.out, "config.json").exists():
+        raise ValueError(f"--out {args.out} holds a model already; choose another, or remove it")
+    log = Log(args.out, header(args, world, device), done, len(batches), args.tracker)
+    dropped, start = before["dropped"] if done else dict.fromkeys(DROPPED, 0), time.time()
+
+    # 4. train; each rank takes every world-th pair of a batch that is sorted by length, so that all have about as much to do
+    shares = [batch[rank::world] for batch in batches[done:]]
+    items = iter(torch.utils.data.DataLoader(
+        Items(args.data, pairs, processor, policy.kind, args.context), batch_size=None, sampler=sum(shares, []), collate_fn=lambda item: item,
+        num_workers=args.workers, prefetch_factor=2 * args.batch // (world * args.workers) + 1 if args.workers else None))
+    validation = lambda: validate(engine, processor, held_out, args.context, args.micro_tokens, args.max_new_tokens) if held_out else {}
+    if not done:
+        log.row(0, **validation())
+    for step, share in enumerate(shares, done + 1):
+        groups = [next(items) for _ in share]
+        for reason in DROPPED:
+            dropped[reason] += groups.count(reason)
+        groups = [group for group in groups if not isinstance(group, str)]
+        tokens, n = reduced([sum(len(row["response"]) for group in groups for row in group), len(groups)])
+
+        def loss_of(rows):  # means over the global batch: over its response tokens, over its pairs
+            text, pair, _ = losses(engine, collated(rows))
+            return text / max(1, tokens) + pair / max(1, n)
+
+        engine.train()
+        lr = schedule(step - 1, len(batches), args.lr, round(args.warmup * len(batches)), args.schedule)
+        loss, norm = update(engine, micro_batches(groups, args.micro_tokens), loss_of, lr)
+        if not math.isfinite(loss + norm):
+            path = Path(args.out, "not_finite.json")
+            path.write_text(json.dumps({"step": step, "ids": [pairs[i]["id"] for i in batches[step - 1]]}))
+            raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {norm}; the weights are as before, the ids of its pairs in "
+                                     f"{path}. Likely: --lr {args.lr} is too high, or an image or its text is broken")
+
+        # 5. validate, log, save
+        last, row = step == len(batches), {}
+        if last or step % args.eval_every == 0:
+            row = validation()
+        counts = dict(zip(DROPPED, map(int, reduced(list(dropped.values())))))
+        log.row(step, loss=loss, lr=lr, norm=norm, pairs=int(n), tokens=int(tokens), seconds=time.time() - start, **row, dropped=counts)
+        start = time.time()
+        if not last and args.save_every and step % args.save_every == 0:
+            save_checkpoint(Path(args.out, "checkpoints"), engine, step, {"recipe": recipe, "dropped": dropped})
+    save_policy(policy, processor, args.out, rank)
+    if rank == 0:
+        shutil.rmtree(Path(args.out, "checkpoints"), ignore_errors=True)
+    log.close()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
