@@ -37,6 +37,7 @@ Writes  pairs.jsonl, sft.jsonl, rl.jsonl, report.md and report.png under --out, 
 import argparse
 import asyncio
 import base64
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -255,19 +256,18 @@ def vlfeedback(row, number, folder):
         answers = [turned(answers, i) for i in range(len(answers["response"]))]
     rated, reason = [], "tie"
     for answer in answers:
-        try:
-            score = sum(float(note["Rating"]) for note in answer["annotations"].values())
-        except ValueError:
-            score, reason = None, "non-numeric rating"
+        ratings = [str(note["Rating"]).strip() for note in answer["annotations"].values()]
         if not (answer["response"] or "").strip():
-            score, reason = None, "empty answer"
-        rated += [] if score is None else [(score, answer["response"])]
-    scores = [score for score, _ in rated]
-    if len(set(scores)) < 2:
+            reason = "empty answer"
+        elif not all(re.fullmatch("[0-9]+([.][0-9]+)?", rating) for rating in ratings):
+            reason = "non-numeric rating"
+        else:
+            rated.append((sum(map(float, ratings)), answer["response"]))
+    score = lambda answer: answer[0]
+    if len(set(map(score, rated))) < 2:
         return reason
-    best, worst = (rated[scores.index(pick(scores))][1] for pick in (max, min))  # of equals the first
-    return {"id": row["id"], "question": row["prompt"], "chosen": best, "rejected": worst,
-            "images": [locate(folder, row["img_path"], "merged_images")]}
+    return {"id": row["id"], "question": row["prompt"], "images": [locate(folder, row["img_path"], "merged_images")],
+            "chosen": max(rated, key=score)[1], "rejected": min(rated, key=score)[1]}  # of equals the first
 
 
 def povid(row, number, folder):
@@ -303,9 +303,10 @@ def own(row, number, folder):
 
 
 def mm_rlhf(row, number, folder):
-    """Pairs of different rank, made by its authors. The first folder of image or video is the category of Table 2."""
-    found = {"drop": "tie"} if row.get("is_tie") else own(row, number, folder)
-    return found | {"source": f"MM-RLHF-{Path(row.get('image') or row.get('video') or 'text').parts[0].capitalize()}"}
+    """Pairs of different rank, made by its authors. A folder above image or video is the category of Table 2."""
+    folders = Path(row.get("image") or row.get("video") or "").parts
+    category = next((part for part in folders if part in ("long", "short", "mcq", "safety", "video")), "other")
+    return ({"drop": "tie"} if row.get("is_tie") else own(row, number, folder)) | {"source": f"MM-RLHF-{category.capitalize()}"}
 
 
 R1_TEXT = re.compile(r"\[Question\]:(.*?)(?:\n#+ *|; )\[Response 1\]:(.*?)(?:\n#+ *|; )\[Response 2\]:(.*?)"
@@ -319,7 +320,7 @@ def r1_reward_rl(row, number, folder):
     asked, choice = R1_TEXT.search(parts["text"]), parse("".join(row["answer"])).choice
     if asked is None or choice is None:
         return "no verdict" if asked else "unknown layout"
-    image = locate(folder, parts["image"]) if "image" not in row else row["image"] and base64.b64decode(row["image"])
+    image = row["image"] and base64.b64decode(row["image"].rpartition(",")[2]) if "image" in row else locate(folder, parts["image"])
     return {"id": f"R1-Reward-RL-{number}", "question": asked[1].strip(), "chosen": asked[1 + choice].strip(),
             "rejected": asked[4 - choice].strip(), "images": [image]}
 
@@ -439,14 +440,19 @@ def collect(name, path, out, spool):
     """Reads a source into a file of {"pair", "pixels"} or {"drop", "source", "where"}, a line a row. Whole or not at all."""
     from tqdm import tqdm
 
-    part = spool.with_name(spool.name + ".part")
+    part, became = spool.with_name(spool.name + ".part"), Counter()
     with ThreadPoolExecutor(min(16, os.cpu_count())) as pool, part.open("w") as file:
         todo = iter(tqdm(found_in(name, path), desc=f"reading {name}", unit=" rows", mininterval=1))
         while batch := list(itertools.islice(todo, 32)):
             every = {p for _, found in batch if "drop" not in found for p in found.get("video") or found.get("images", ())}
             kept = dict(zip(every, pool.map(lambda p: keep(p, out / "images"), every)))
             for where, found in batch:
-                file.write(json.dumps(spooled(where, found, kept)) + "\n")
+                row = spooled(where, found, kept)
+                became[row.get("drop", "pairs")] += 1
+                file.write(json.dumps(row) + "\n")
+    if not became["pairs"]:
+        raise Unusable(f"--data {name}={path}: not one pair came of it ({dict(became) or 'no rows'}; each is listed in {part}). "
+                       "Are the pictures where the rows say?")
     os.replace(part, spool)
 
 
@@ -529,26 +535,20 @@ def candidates(spools, known, counts, dropped):
 def mix(args, out):
     """Makes out/mix.jsonl, unless it is there, and -> {source: {what became of its rows: how many}}."""
     asked = {k: vars(args)[k] for k in ("data", "seed", "others", "limit", "both_orders", "decontaminate")}
-    about = out / "mix.json"
-    made = json.loads(about.read_text()) if about.exists() else {"made with": asked}
-    same_run(about, made["made with"], asked)
-    if "counts" in made:
+    about = out / "mix.json"  # written last: if it is there, the mix is whole
+    if about.exists():
+        made = json.loads(about.read_text())
+        same_run(about, made["made with"], asked)
         return made["counts"]
-    whole(about, json.dumps(made))  # from here on, no other flags
     (out / "read").mkdir(exist_ok=True)
     spools = []
-    for i, (name, path) in enumerate(sorted(args.data, key=lambda d: d[0] != "MM-RLHF")):  # of equal pairs the first one stays
-        spools.append(out / "read" / f"{i}-{name}.jsonl")
+    for name, path in sorted(args.data, key=lambda d: d[0] != "MM-RLHF"):  # of two equal pairs the first one stays
+        spools.append(out / "read" / f"{name}-{hashlib.sha256(path.encode()).hexdigest()[:8]}.jsonl")
         if not spools[-1].exists():
             collect(name, from_hub(path, out / "hub" / name) if path.startswith("hub:") else path, out, spools[-1])
     counts = defaultdict(Counter)
     with open(out / "dropped.jsonl", "w") as dropped:
         pool = list(candidates(spools, benchmark_keys(args.decontaminate), counts, dropped))
-    for name in {name for name, _ in args.data}:
-        if not any(n["pairs"] for source, n in counts.items() if source.startswith(name)):
-            why = "; ".join(f"{n} {reason}" for c in counts.items() if c[0].startswith(name) for reason, n in c[1].items())
-            raise Unusable(f"--data {name}: not one pair came of it ({why or 'no rows'}; see {out / 'dropped.jsonl'}). "
-                           f"Are the pictures where the rows say? Then remove {out} and run again")
     rank = lambda what: lambda entry: hashlib.sha256(f"{args.seed} {what} {entry[0]}".encode()).digest()
     human, others = ([e for e in pool if e[1].startswith("MM-RLHF") == yes] for yes in (True, False))
     taken = sorted(human + sorted(others, key=rank("sample"))[:args.others], key=rank("shuffle"))[:args.limit]
@@ -567,7 +567,7 @@ def mix(args, out):
                 yield swap(pair) | {"id": name + SWAPPED}
 
     write_pairs(out / "mix.jsonl", pairs())
-    whole(about, json.dumps(made | {"counts": counts}))
+    whole(about, json.dumps({"made with": asked, "counts": counts}))
     shutil.rmtree(out / "read")
     return counts
 
@@ -619,13 +619,13 @@ class Journal:
         lines = located_lines(path)
         _, _, made = next(lines, (0, "", None))
         if made is None:
-            self.append_line(config)
+            self.write(config)
         else:
             same_run(path, made, config)
         for offset, where, row in lines:
             try:
                 self.learn(row, offset)
-            except (LookupError, TypeError):
+            except (LookupError, TypeError, AttributeError):
                 raise Unusable(f"{where}: {json.dumps(row)[:200]} is no reply; legal: id, attempt, text, finish, tokens") from None
 
     def mend(self):
@@ -637,13 +637,14 @@ class Journal:
         if end < size:
             print(f"{self.path}: the last line was half written; its {size - end} bytes are cut off")
 
-    def append_line(self, row):
+    def write(self, row):
+        offset = self.file.seek(0, os.SEEK_END)
         self.file.write(json.dumps(row).encode() + b"\n")
         self.file.flush()
+        return offset
 
     def append(self, row):
-        self.learn(row, self.file.seek(0, os.SEEK_END))
-        self.append_line(row)
+        self.learn(row, self.write(row))
 
     def learn(self, row, offset):
         self.replies[row["id"]].append((parse(row["text"]).choice, offset))
@@ -655,7 +656,7 @@ class Journal:
 
 
 class Unanswered(Exception):
-    """The endpoint gave no reply to a request, for a reason that is not the model's."""
+    """(why, refused): a request got no reply, for a reason that is not the model's. refused: the endpoint will not have it."""
 
 
 class Endpoint:
@@ -667,9 +668,9 @@ class Endpoint:
     def __init__(self, base_url, timeout=180, retries=12):
         import openai
 
-        host = urlparse(base_url).hostname or ""
-        key = os.environ.get("OPENAI_API_KEY") or ("EMPTY" if host == "localhost" or host.startswith("127.") or host == "::1" else None)
-        if key is None:
+        here = re.fullmatch(r"localhost|127(\.\d+){3}|::1", urlparse(base_url).hostname or "")
+        key = os.environ.get("OPENAI_API_KEY") or (here and "EMPTY")
+        if not key:
             raise Unusable(f"OPENAI_API_KEY is not set, and {base_url} is not on this machine; export OPENAI_API_KEY=...")
         self.openai, self.retries, self.retried, self.key = openai, retries, Counter(), key
         self.client = openai.AsyncOpenAI(base_url=base_url, api_key=key, timeout=timeout, max_retries=0)
@@ -680,33 +681,34 @@ class Endpoint:
             headers = {}
             try:
                 raw = await self.client.chat.completions.with_raw_response.create(model=model, messages=messages, extra_body=fields)
-                return completion(raw.http_response.content)
+                if reply := completion(raw.http_response.content):
+                    return reply
+                kind = why = "a body that is no completion"
             except self.openai.APIStatusError as problem:
                 status, headers, why = problem.status_code, problem.response.headers, str(problem).replace(self.key, "***")
                 if status in (401, 403, 404):
                     raise Unusable(f"{self.client.base_url}: {why}; mend OPENAI_API_KEY, --model or --base_url") from None
                 if status < 500 and status not in (408, 409, 425, 429):
-                    raise Unanswered(why) from None
+                    raise Unanswered(why, True) from None
                 kind = str(status)
             except self.openai.APIConnectionError as problem:  # a timeout is one, too
                 kind = why = f"{type(problem).__name__} ({problem.__cause__ or problem})"
-            except (ValueError, LookupError, TypeError, AttributeError) as problem:
-                kind, why = "no completion", f"the body is no completion ({problem!r})"
             self.retried[kind] += 1
             if attempt == self.retries:
-                raise Unanswered(f"{attempt + 1} times in a row no answer, at last: {why}")
+                raise Unanswered(f"{attempt + 1} times in a row no answer, at last: {why}", False)
             await asyncio.sleep(wanted_pause(headers) + min(60, 0.5 * 2**attempt) * random.uniform(0.5, 1))
 
 
 def completion(body):
-    """The bytes of a chat completion -> {text, finish, tokens}; an error of some kind if they are none."""
-    reply = json.loads(body)
-    choice, usage = reply["choices"][0], reply.get("usage") or {}
-    text = choice["message"].get("content") or choice["message"].get("refusal") or ""
-    if not isinstance(text, str):
-        raise TypeError(f"content is {type(text).__name__}")
-    return {"text": text, "finish": choice.get("finish_reason"),
-            "tokens": [usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0]}
+    """The bytes of a chat completion -> {text, finish, tokens}; None if they are none: a page of HTML, no choices, half of it."""
+    try:
+        reply = json.loads(body)
+        choice, usage = reply["choices"][0], reply.get("usage") or {}
+        text = choice["message"].get("content") or choice["message"].get("refusal") or ""
+        tokens = [int(usage.get(f"{kind}_tokens") or 0) for kind in ("prompt", "completion")]
+        return {"text": text, "finish": choice.get("finish_reason"), "tokens": tokens} if isinstance(text, str) else None
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
 
 
 def wanted_pause(headers):
@@ -717,29 +719,29 @@ def wanted_pause(headers):
     (1.5, 0.0, 0.0)
     """
     asked = headers.get("retry-after", "0")
-    try:
-        return max(0.0, float(asked))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(asked).timestamp() - time.time())
-    except ValueError:
-        return 0.0
+    for seconds in (float, lambda date: parsedate_to_datetime(date).timestamp() - time.time()):
+        with contextlib.suppress(ValueError):
+            return max(0.0, seconds(asked))
+    return 0.0
 
 
 def data_url(path, max_pixels):
     """A picture as it is sent: its file as it is, or, if it is too large or of a rare kind, scaled down and as JPEG."""
     from PIL import Image, ImageOps
 
-    with Image.open(path) as image:
-        width, height = image.size
-        if image.format in ("PNG", "JPEG", "WEBP") and width * height <= max_pixels:
-            data, kind = Path(path).read_bytes(), Image.MIME[image.format]
-        else:
-            scale, out = min(1, (max_pixels / (width * height)) ** 0.5), io.BytesIO()
-            image = ImageOps.exif_transpose(image).convert("RGB")
-            image.resize([max(1, int(n * scale)) for n in image.size], Image.Resampling.BICUBIC).save(out, "JPEG", quality=95)
-            data, kind = out.getvalue(), "image/jpeg"
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            if image.format in ("PNG", "JPEG", "WEBP") and width * height <= max_pixels:
+                data, kind = Path(path).read_bytes(), Image.MIME[image.format]
+            else:
+                scale, out = min(1, (max_pixels / (width * height)) ** 0.5), io.BytesIO()
+                image = ImageOps.exif_transpose(image).convert("RGB")
+                image.resize([max(1, int(n * scale)) for n in image.size], Image.Resampling.BICUBIC).save(out, "JPEG", quality=95)
+                data, kind = out.getvalue(), "image/jpeg"
+    except Exception as problem:  # see keep()
+        raise Unusable(f"{path}: is no picture any more ({problem!r}); it was one when the sources were read. Bring it back, "
+                       "and run again") from None
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
@@ -775,28 +777,27 @@ async def annotate(pairs, journal, endpoint, args, bar):
         for pair in pairs:  # one generator for all workers
             replies = journal.replies[pair["id"]]
             while (asked := due(pair, replies, args.mode)) is not None:
-                try:
-                    sent = await asyncio.to_thread(as_sent, asked, args.max_pixels, args.max_frames)
-                except Exception as problem:  # see keep()
-                    raise Unusable(f"pair {pair['id']}: a picture can no longer be read ({problem}); bring it back and run again") from None
+                sent = await asyncio.to_thread(as_sent, asked, args.max_pixels, args.max_frames)
                 wanted = {k: v for k, v in (fields | {"seed": len(replies)} | args.request).items() if v is not None}  # deviation 1
                 try:
                     reply = await endpoint.ask(args.model, sent, **wanted)
                 except Unanswered as problem:
-                    silent += 1
-                    aside[str(problem)] += 1
-                    if aside[str(problem)] == 1:
-                        bar.write(f"pair {pair['id']} is left for the next run: {problem}")
-                    if silent >= args.concurrency:
-                        raise Unusable(f"{args.base_url}: {silent} pairs in a row got no answer, the last one: {problem}. "
-                                       "All replies are kept; run again when it answers") from None
+                    why, refused = problem.args
+                    aside[why] += 1
+                    if aside[why] == 1:
+                        bar.write(f"pair {pair['id']} is left for the next run: {why}")
+                    silent += not (refused and journal.tokens[0])  # of this pair alone, if others had replies
+                    if silent >= max(8, args.concurrency):
+                        raise Unusable(f"{args.base_url}: {silent} pairs in a row got no answer, the last one: {why}. "
+                                       "All replies are kept; mend what is wrong and run again") from None
                     break
                 silent = 0
                 journal.append({"id": pair["id"], "attempt": len(replies) + 1} | reply)
             else:
                 judged, solved = judged + 1, solved + (replies[-1][0] == pair["choice"])
                 bar.update()
-                bar.set_postfix(solved=f"{solved / judged:.1%}", retried=endpoint.retried.total(), refresh=False)
+                share = {"solved": f"{solved / judged:.1%}"} if args.mode == "judge" else {}
+                bar.set_postfix(**share, retried=endpoint.retried.total(), refresh=False)
 
     await asyncio.gather(*[work() for _ in range(args.concurrency)])
     return aside.total()
@@ -853,7 +854,7 @@ def report(out, counts, journal, pairs, args):
     dollars = (tokens_in * args.price[0] + tokens_out * args.price[1]) / 1e6
     reasons = [[s, reason, n] for s in sorted(counts) for reason, n in sorted(counts[s].items()) if reason not in ("pairs", "taken")]
     spread = lambda v: [len(v), int(statistics.median(v)), sorted(v)[int(0.95 * (len(v) - 1))]]
-    text = f"# {len(journal.replies):,} pairs judged by {args.model} at temperature {args.temperature:g}\n\n"
+    text = f"# {sum(verdicts['pairs'].values()):,} pairs judged by {args.model} at temperature {args.temperature:g}\n\n"
     text += table(["source", "usable pairs", "taken", "1 attempt", "2", "3", "failed", "no answer"],
                   [*(line(s, [s]) for s in sorted(counts)), line("all", list(counts))])
     text += table(["file", "answer 1 is better", "answer 2 is better"], [[f"{n}.jsonl", verdicts[n][1], verdicts[n][2]] for n in SETS])
@@ -958,8 +959,9 @@ def run(args):
     # 3. annotate
     asked = ("mode", "model", "temperature", "max_tokens", "max_pixels", "max_frames", "request")
     prompt = JUDGING_PROMPT if args.mode == "judge" else CRITIQUE_PROMPT
-    config = {k: vars(args)[k] for k in asked} | {"prompt": hashlib.sha256(prompt.encode()).hexdigest()[:12],
-              "pairs": hashlib.sha256((out / "mix.jsonl").read_bytes()).hexdigest()[:12]}
+    with open(out / "mix.jsonl", "rb") as file:
+        config = {k: vars(args)[k] for k in asked} | {"prompt": hashlib.sha256(prompt.encode()).hexdigest()[:12],
+                                                      "pairs": hashlib.file_digest(file, "sha256").hexdigest()[:12]}
     journal = Journal(out / ("journal.jsonl" if args.mode == "judge" else "journal-critique.jsonl"), config)
     endpoint = Endpoint(args.base_url, args.timeout, args.retries)
     total = sum(n.get("taken", 0) for n in counts.values()) * (2 if args.both_orders else 1)
