@@ -25,6 +25,7 @@ from pathlib import Path
 import pytest
 
 from annotate import JUDGING_PROMPT
+from judge import CONSISTENCY_PROMPT
 from stable_reinforce import parse, parse_consistency
 from toy import server, world
 
@@ -89,7 +90,7 @@ def ask(item, shown=(0, 1), **options):
 
 
 def ask_judge(reasoning, choice):
-    text = world.CONSISTENCY_PROMPT.format(reasoning=reasoning, choice=choice)
+    text = CONSISTENCY_PROMPT.format(reasoning=reasoning, choice=choice)
     return {"model": "any", "messages": [{"role": "user", "content": text}]}
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: the repository is the package's parent
 from annotate import JUDGING_PROMPT
+from judge import CONSISTENCY_PROMPT
 from toy import world
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
@@ -41,7 +42,7 @@ def corpus(seed=0, n=3000):
         text = world.judgement(item, (0, 1), rng.choice((1, 2)), rng.choice(world.MANNERS))
         yield JUDGING_PROMPT.format(question=item["question"], answer1=item["answers"][0], answer2=item["answers"][1])
         yield text
-        yield world.CONSISTENCY_PROMPT.format(reasoning=text, choice=1) + " yes no Yes No"
+        yield CONSISTENCY_PROMPT.format(reasoning=text, choice=1) + " yes no Yes No"
         yield "system\nYou are a helpful assistant.\nuser\nassistant\nWhat does the image show? What does the video show? What shows it? Which response claims equal? Repeat:"
 
 

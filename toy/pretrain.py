@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import torch
 
 from annotate import JUDGING_PROMPT
+from judge import CONSISTENCY_PROMPT
 from stable_reinforce import parse_consistency
 from toy import model as toy_model, world
 
@@ -93,7 +94,7 @@ def consistency(rng, hardest=1.0):
     text = world.judgement(item, rng.sample((0, 1), 2), rng.choice((1, 2)), rng.choice(world.MANNERS[:3]))
     words = text[len("<think>"):text.index("</think>")].split()
     reasoning, choice = " ".join(words[-rng.choice((4, 8, 12, 16, 100)):]), rng.choice((1, 2))
-    question = world.CONSISTENCY_PROMPT.format(reasoning=reasoning, choice=choice)
+    question = CONSISTENCY_PROMPT.format(reasoning=reasoning, choice=choice)
     agrees = reasoning.endswith(f"Response {choice} is better.")
     return look({"medium": "text"}, [(question, "yes" if agrees else "no")], rng)
 

@@ -25,7 +25,7 @@ def annotated(rng):
         item = rng.choice(world.twins(rng, medium=rng.choice(("image",) * 18 + ("video", "text"))))
         wrong = 1 - (0.95 + (0.45 - 0.95) * item["difficulty"])
         if rng.random() > wrong**3:
-            return pretrain.judging(item, rng.sample((0, 1), 2), rng.choices(world.MANNERS, world.SHARES)[0], rng)
+            return pretrain.judging(item, rng.sample((0, 1), 2), rng.choices(world.MANNERS, world.shares_of(item["family"]))[0], rng)
 
 
 def fine_tune(model, processor, steps, batch, lr, rng):
@@ -70,7 +70,7 @@ def parser():
     p.add_argument("--model", default="out/toy/base", help="folder of the base model")
     p.add_argument("--steps", type=int, default=250, help="updates of fine-tuning; 0 = measure the model as it is")
     p.add_argument("--batch", type=int, default=32, help="judgements an update")
-    p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
+    p.add_argument("--lr", type=float, default=5e-3, help="peak learning rate of AdamW")
     p.add_argument("--n", type=int, default=600, help="held-out pairs")
     p.add_argument("--seed", type=int, default=0, help="of pairs, manners and samples")
     p.add_argument("--out", help="folder for the fine-tuned model; none = it is thrown away")

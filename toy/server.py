@@ -9,6 +9,7 @@ loopback without any model. It sees nothing and reasons about nothing. The text 
               the second, 6.5 % at the third; 4.6 % fail three times. When wrong it describes what a bad look believes
               (misread in toy/world.py). Of two wrong answers it takes either by a coin. A pair that is not in the key
               gets a sentence without a verdict.
+  critic      CRITIQUE_PROMPT filled in, after the pictures: it errs alike, and ends with "It is right." or "It is wrong."
   judge       CONSISTENCY_PROMPT filled in: a rule. "yes" if the last "Response N is better" of the reasoning names the
               verdict's number, else "no".
 
@@ -41,7 +42,8 @@ from pathlib import Path
 
 if not __package__:  # run as a script: `toy` is found from the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from annotate import JUDGING_PROMPT
+from annotate import CRITIQUE_PROMPT, JUDGING_PROMPT
+from judge import CONSISTENCY_PROMPT
 from toy import world
 
 NAME = "toy-stand-in"  # of the model that is not there
@@ -176,7 +178,8 @@ def filled(template, **slots):
 
 
 JUDGING = filled(JUDGING_PROMPT, question=".*?", answer1=".*?", answer2=".*?")
-CONSISTENCY = filled(world.CONSISTENCY_PROMPT, reasoning=".*", choice="[12]")
+CRITIQUE = filled(CRITIQUE_PROMPT, question=".*?", answer=".*")
+CONSISTENCY = filled(CONSISTENCY_PROMPT, reasoning=".*", choice="[12]")
 
 
 def verdict(item, shown, attempt, args):
@@ -184,7 +187,7 @@ def verdict(item, shown, attempt, args):
     rng = random.Random(json.dumps([args.seed, item["key"], *(item["answers"][i] for i in shown), attempt]))  # by SHA-512
     right = rng.random() < args.right_easy + (args.right_hard - args.right_easy) * item["difficulty"]
     coin = rng.choice((1, 2))  # all three are drawn in any case, so that no option shifts another's draw
-    manner = rng.choices(list(args.manners), args.manners.values())[0]
+    manner = rng.choices(list(args.manners), world.shares_of(item["family"], tuple(args.manners.values())))[0]
     outcome, choice = "neither", coin
     if item["right"] in shown:
         best = shown.index(item["right"]) + 1
@@ -192,6 +195,17 @@ def verdict(item, shown, attempt, args):
     taken, left = shown[choice - 1], shown[2 - choice]
     seen = None if taken == item["right"] else world.misread(item, [taken, left], rng)  # makes the first wrong one true
     return world.judgement(item, shown, choice, manner, seen), outcome, manner
+
+
+def critique(item, i, attempt, args):
+    """What a critic says of answer i: what it sees (a bad look believes the opposite), what the answer claims, is it right."""
+    rng = random.Random(json.dumps([args.seed, item["key"], "critique", item["answers"][i], attempt]))
+    well = rng.random() < args.right_easy + (args.right_hard - args.right_easy) * item["difficulty"]
+    right = (i == item["right"]) == well
+    other = rng.choice([k for k in range(len(item["answers"])) if k != i])
+    scene = item["scene"] if well else world.misread(item, [i, other if i == item["right"] else item["right"]], rng)
+    place = {"image": "The image", "video": "The video", "text": "The picture"}[item["medium"]]
+    return f"{place} shows {world.describe(scene)}. Claim: {item['claims'][i]}. It is {'right' if right else 'wrong'}."
 
 
 def consistent(reasoning, choice):
@@ -295,7 +309,7 @@ class Server:
         self.attempts = {}  # (key, answer 1, answer 2): answered so far
         self.dice = random.Random(f"faults {args.seed}")
         self.counts = dict.fromkeys(("requests", "answered", "bad", "hung_up", "right", "wrong", "neither", "unknown"), 0)
-        self.counts |= {"manner": dict.fromkeys(world.MANNERS, 0), "attempt": {}, "judge": {"yes": 0, "no": 0},
+        self.counts |= {"manner": dict.fromkeys(world.MANNERS, 0), "attempt": {}, "judge": {"yes": 0, "no": 0}, "critic": 0,
                         "faults": dict.fromkeys(self.faults, 0)}
         self.socket = socket.create_server(("127.0.0.1", args.port))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}/v1"
@@ -405,8 +419,15 @@ class Server:
     def say(self, text, images, seed, fault):
         """What is said to a request, and counted."""
         counts, asked, pair = self.counts, CONSISTENCY.fullmatch(text), JUDGING.fullmatch(text)
-        if asked is None and pair is None:
-            raise Bad("the text is neither JUDGING_PROMPT of annotate.py nor CONSISTENCY_PROMPT of toy/world.py, filled in", 400)
+        single = CRITIQUE.fullmatch(text)
+        if asked is None and pair is None and single is None:
+            raise Bad("the text is neither JUDGING_PROMPT nor CRITIQUE_PROMPT of annotate.py nor CONSISTENCY_PROMPT of judge.py, "
+                      "filled in", 400)
+        if single and not fault:
+            known = [(item, item["answers"].index(single["answer"])) for item in self.key.get(world.key_of(single["question"], images), ())
+                     if single["answer"] in item["answers"]]
+            counts["critic"] += 1
+            return critique(*known[0], seed or 0, self.args) if known else UNKNOWN
         item = None
         if pair:
             key = world.key_of(pair["question"], images)

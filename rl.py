@@ -1,0 +1,670 @@
+"""
+Stage 3: StableReinforce (section 3). The model judges pairs, is rewarded by Eq. 2, and learns from its own judgements.
+
+    1. rollout        one judgement a pair (or --n), sampled by vLLM from this very policy, at temperature 1
+    2. score          format and result by rule, consistency by the judge model; Eq. 2 (the judge works while 4 does)
+    3. advantages     z-scores over the global batch; beyond 3 sigma they are dropped
+    4. old log-probs  by the trainer; those of the first mini-batch are the update's own
+    5. update         mini-batches of pre-clipped PPO; two of 128 in a rollout of 256, since before the first nothing can clip
+    6. sync           the weights stream into vLLM, one parameter at a time
+
+The mathematics is in stable_reinforce.py; this file moves data. Differs from the authors' released code:
+1) the update sees the image (released: rollouts and reference do, the policy that is trained does not)
+2) log-probabilities of vLLM and of the trainer are compared at the first sync and every --check_every steps
+3) an answer cut off by --max_tokens is a failure of format; nothing that failed earns (released: an exception earns 1)
+Where the paper is silent: 4) samples are shuffled before they are cut into mini-batches; 5) AdamW (0.9, 0.95), no weight
+decay, constant rate after --warmup steps; 6) k1 as a KL penalty stands in the reward (Reinforce++), k2 and k3 in the loss.
+
+The toy, two ranks on two CPU cores:
+$ torchrun --nproc_per_node=2 rl.py @toy/rl.args --clip 1e3
+One node with 4 GPUs of 80 GB, the paper's setting (not yet run at this scale), the judge behind another endpoint:
+$ torchrun --nproc_per_node=4 rl.py --clip 1e3 --data data/rl.jsonl --model out/sft --judge_url http://localhost:8000/v1 --out out/rl
+Two nodes, on each with its NODE_RANK, with folders that both see:
+$ torchrun --nnodes=2 --node_rank=$NODE_RANK --master_addr=$HOST --master_port=29500 --nproc_per_node=4 rl.py --clip 1e3 --data data/rl.jsonl --model out/sft --out out/rl
+Only the comparison of the two engines, before and after syncs:
+$ python rl.py --check --model out/sft --data data/rl.jsonl
+
+Reads  --model (see sft.py), --data (pairs, see annotate.py).
+Writes --out: the model, log.jsonl (a row a step), rollouts.jsonl (judgements with their rewards), curves.png, checkpoints/.
+"""
+import argparse
+import functools
+import hashlib
+import json
+import math
+import os
+import random
+import shlex
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from annotate import messages, read_pairs, swap
+from judge import Judge, JudgeDead
+from sft import (Log, collate, encode, gathered, header, load_checkpoint, load_policy, make_engine, micro_batches, read_media, reduced,
+                 save_checkpoint, save_policy, setup, token_logps, update)
+from stable_reinforce import ALGORITHMS, KL, advantages, final_reward, format_reward, normaliser, parse, policy_loss, result_reward, returns_to_go
+
+# ---------------------------------------------------------------------------------------------------
+# The rollout engines. generate(prompts, ...) -> [[sample, ...] a prompt]; a sample is {"ids", "logps", "finish"}.
+
+
+def seed_of(*what):
+    """A 31-bit seed of anything that prints: the same whatever the number of ranks."""
+    return int.from_bytes(hashlib.sha256(repr(what).encode()).digest()[:4], "big") >> 1
+
+
+def barred(processor, vocabulary):
+    """Ids that must not be sampled: markers of images and videos (the trainer would look for pictures there), padding of the vocabulary."""
+    tokenizer = processor.tokenizer
+    special = {i for token, i in tokenizer.get_vocab().items() if token.startswith("<|") and ("vision" in token or "_pad" in token)}
+    return sorted(special | set(range(len(tokenizer), vocabulary)))
+
+
+class VLLM:
+    """One vLLM engine inside this rank's process, awake only while it generates where the device is a GPU."""
+
+    def __init__(self, folder, processor, device, seed=0, tp=1, max_len=4096, memory=0.5):
+        self.gpu = device.type == "cuda"
+        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if self.gpu else "ERROR")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+        from vllm import LLM
+
+        # a seeded request whose prefill is cut in chunks stops vLLM on a CPU; there, batches are bounded by tokens, not by memory
+        where = dict(gpu_memory_utilization=memory, enable_sleep_mode=True) if self.gpu else dict(
+            dtype="float32", enforce_eager=True, enable_chunked_prefill=False, max_num_batched_tokens=max(8192, max_len))
+        self.llm = LLM(str(folder), max_model_len=max_len, seed=seed, tensor_parallel_size=tp, limit_mm_per_prompt={"image": 8, "video": 1},
+                       distributed_executor_backend="external_launcher", max_num_seqs=256, **where)
+        self.pads = [processor.tokenizer.convert_tokens_to_ids(t) for t in ("<|image_pad|>", "<|video_pad|>")]
+        self.bias = {i: -100.0 for i in barred(processor, self.llm.llm_engine.model_config.get_vocab_size())}
+        self.eos = processor.tokenizer.eos_token_id
+
+    def generate(self, prompts, seeds, n=1, temperature=1.0, max_tokens=1024):
+        """prompts: rows of encode() with their media. Exactly the policy: no top-p, no top-k, no penalty."""
+        from vllm import SamplingParams
+
+        asked = []
+        for row in prompts:
+            images, videos, metadata = row["media"]
+            # one pad an image: vLLM itself multiplies them, whatever it is given
+            ids = [t for t, before in zip(row["prompt"], [None, *row["prompt"]]) if not (t in self.pads and t == before)]
+            media = {"image": images} if images else {}
+            media |= {"video": [(v.permute(0, 2, 3, 1).numpy().astype("uint8"), dict(m, do_sample_frames=False)) for v, m in zip(videos, metadata)]} if videos else {}
+            asked.append({"prompt_token_ids": ids, **({"multi_modal_data": media, "mm_processor_kwargs": {"do_resize": False}} if media else {})})
+        common = dict(n=n, temperature=temperature, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0, max_tokens=max_tokens, logprobs=0,
+                      detokenize=False, logit_bias=self.bias, stop_token_ids=[self.eos])
+        outputs = self.llm.generate(asked, [SamplingParams(seed=s, **common) for s in seeds], use_tqdm=False)
+        for row, out in zip(prompts, outputs):
+            if list(out.prompt_token_ids) != row["prompt"]:
+                raise RuntimeError(f"vLLM read a prompt of {len(out.prompt_token_ids)} tokens where the processor makes {len(row['prompt'])}: "
+                                   "the two see different pictures (sizes, number of images) or different templates")
+        return [[{"ids": list(o.token_ids), "logps": [next(iter(step.values())).logprob for step in o.logprobs], "finish": o.finish_reason}
+                 for o in out.outputs] for out in outputs]
+
+    def weights(self, policy):
+        """(name, tensor) of every parameter, the tied ones twice: without lm_head the sync would succeed and be wrong."""
+        for name, p in policy.model.named_parameters(remove_duplicate=False):
+            with gathered([p]):
+                yield name, p.data.clone() if hasattr(p, "ds_id") else p.data  # a gathered weight is gone when vLLM comes to use it
+
+    def reset(self):
+        """Forget what was computed with the old weights: prefixes, processed images, and the vision tower's features."""
+        self.llm.reset_prefix_cache()
+        self.llm.llm_engine.reset_mm_cache()
+        self.llm.llm_engine.reset_encoder_cache()
+
+    def sync(self, policy):
+        if self.gpu:
+            self.llm.wake_up(tags=["weights"])
+        self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=self.weights(policy)))
+        self.reset()
+        if self.gpu:
+            self.llm.wake_up(tags=["kv_cache"])
+
+    def sleep(self):
+        if self.gpu:  # level 2: the weights come back by the next sync
+            torch.cuda.synchronize()
+            self.llm.sleep(level=2)
+
+
+class HF:
+    """The slow second engine: transformers' generate on the trainer's own weights. Needs no vLLM, and no sync."""
+
+    def __init__(self, policy, processor, device):
+        self.policy, self.pad, self.eos, self.device = policy, processor.tokenizer.pad_token_id, processor.tokenizer.eos_token_id, device
+        self.barred = barred(processor, policy.model.config.get_text_config().vocab_size)
+
+    @torch.no_grad()
+    def generate(self, prompts, seeds, n=1, temperature=1.0, max_tokens=1024, batch=32):
+        model, out = self.policy.model, []
+        rows = [row | {"response": []} for row in prompts for _ in range(n)]
+        recompute, model.config.use_cache = model.is_gradient_checkpointing, True
+        for i in range(0, len(rows), batch):
+            inputs = collate(rows[i:i + batch], self.pad, self.device, left=True)
+            inputs = {k: v for k, v in inputs.items() if k not in ("mask", "at", "last", "tokens")}
+            torch.manual_seed(seeds[i // n])  # a batch has one seed: samples repeat for the same batch only
+            how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
+            ids = model.generate(**inputs, max_new_tokens=max_tokens, suppress_tokens=self.barred, eos_token_id=self.eos, pad_token_id=self.pad,
+                                 repetition_penalty=1.0, **how)[:, inputs["input_ids"].shape[1]:].tolist()
+            out += [line[:line.index(self.eos) + 1] if self.eos in line else line for line in ids]
+        model.config.use_cache = not recompute
+        samples = [{"ids": ids, "logps": None, "finish": "stop" if ids[-1:] == [self.eos] else "length"} for ids in out]
+        return [samples[i * n:(i + 1) * n] for i in range(len(prompts))]
+
+    def sync(self, policy):
+        pass
+
+    def sleep(self):
+        pass
+
+
+# ---------------------------------------------------------------------------------------------------
+# 1. Rollout
+
+
+def prompt(processor, pair, order=0):
+    """A pair as shown -> the row that both engines read, with its pictures."""
+    turns = messages(pair, order)
+    return encode(processor, turns) | {"media": read_media(processor, turns)}
+
+
+def rollout(engine, processor, pairs, prompts, seeds, n, temperature, max_tokens):
+    """Judgements of this rank's pairs: rows with response, text, finish, and vLLM's log-probabilities."""
+    rows = []
+    for pair, row, samples in zip(pairs, prompts, engine.generate(prompts, seeds, n, temperature, max_tokens)):
+        for sample in samples:
+            ids = sample["ids"]
+            ended = ids[-1:] == [processor.tokenizer.eos_token_id]
+            text = processor.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=False)
+            rows.append(row | {"pair": pair, "response": ids, "text": text, "finish": "stop" if ended else "length", "sampled": sample["logps"]})
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------
+# 2. Score
+
+
+def score(rows, judge, args):
+    """Rule-based rewards at once, consistency when the judge is done. Returns finish() -> rewards (B,), their parts."""
+    result = torch.tensor([result_reward(row["text"], row["pair"]["choice"]) for row in rows])
+    form = torch.tensor([format_reward(row["text"]) * (row["finish"] == "stop") for row in rows])  # deviation 3
+    # no call where the answer cannot matter: no verdict; and, in Eq. 2, a wrong one
+    asked = [i for i, row in enumerate(rows) if parse(row["text"]).choice and (result[i] or args.reward_form == "external")]
+    pending = judge.submit([rows[i]["text"] for i in asked])
+
+    def finish():
+        consistency = torch.zeros(len(rows))
+        for i, says in zip(asked, pending.result()):
+            consistency[i] = float(says == 1)  # None is no agreement
+        rewards = final_reward(result, consistency, form, args.consistency_weight, args.reward_form)
+        if args.both_orders:  # neighbours are the two orders of one pair; both right earns more, so a position is no shelter
+            pairs = result.view(-1, 2, args.n).amin(1, keepdim=True).expand(-1, 2, -1).reshape(-1)
+            rewards = rewards + args.order_bonus * pairs
+        return rewards, {"result": result, "consistency": consistency, "format": form, "asked": asked}
+
+    return finish
+
+
+def rewards_or_stop(finish, save):
+    """The rewards when the judge is done. If it is dead on any rank: all ranks keep a checkpoint, and stop."""
+    try:
+        found, dead = finish(), None
+    except Exception as problem:  # whatever it was, the other ranks must not wait for this one
+        found, dead = None, problem
+    if reduced(float(dead is not None), "max"):
+        save()
+        sys.exit(f"rl.py: stopped, with a checkpoint: {dead or 'the judge of another rank is dead'}")
+    return found
+
+
+def keep_rollouts(path, step, rows, rewards, parts):
+    with path.open("a", encoding="utf-8") as file:
+        for i, row in enumerate(rows):
+            said = {k: parts[k][i].item() for k in ("result", "consistency", "format")}
+            file.write(json.dumps({"step": step, "id": row["pair"]["id"], "choice": row["pair"]["choice"], "text": row["text"],
+                                   "finish": row["finish"], "reward": rewards[i].item(), **said}) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------
+# 3. to 5.: advantages, old log-probabilities, update
+
+
+@torch.no_grad()
+def logps_of(policy, rows, pad, device, budget):
+    """Log-probabilities of each row's response under a policy (or the engine around it): a list of (tokens,) tensors."""
+    found = [None] * len(rows)
+    for batch in micro_batches([[row | {"n": i}] for i, row in enumerate(rows)], budget):
+        logp = token_logps(policy, collate(batch, pad, device))
+        for row, line in zip(batch, logp):
+            found[row["n"]] = line[:len(row["response"])].clone()
+    return found
+
+
+def padded(lines, like):
+    """A list of (tokens,) tensors -> (B, R), shaped as `like`."""
+    out = torch.zeros_like(like, dtype=torch.float32)
+    for i, line in enumerate(lines):
+        out[i, :len(line)] = line
+    return out
+
+
+def reduce_sums(sums):
+    return torch.tensor(reduced(sums.tolist()), dtype=torch.float64)
+
+
+def advantages_of(rows, rewards, args):
+    """The algorithm's own; each row gets its adv, (tokens,) or a number. Returns the kept flags."""
+    if args.kl_coef and args.kl == "k1":  # Reinforce++: the penalty is part of each token's reward
+        T = max(len(row["response"]) for row in rows)
+        mask = torch.tensor([[t < len(row["response"]) for t in range(T)] for row in rows])
+        penalty = padded([KL["k1"](row["old"], row["reference"]) for row in rows], mask)
+        adv, kept = advantages(returns_to_go(rewards, penalty, mask, args.kl_coef), args.sigma or None, reduce_sums, mask=mask)
+        kept = (kept | ~mask).all(1)
+    elif args.algo == "stable_reinforce":
+        adv, kept = advantages(rewards, args.sigma or None, reduce_sums)
+    else:
+        adv, kept = ALGORITHMS[args.algo][0](rewards, torch.tensor([row["group"] for row in rows]), reduce_sums)
+    for row, a in zip(rows, adv):
+        row["adv"] = a[:len(row["response"])] if a.dim() else a.expand(len(row["response"]))
+    return kept
+
+
+def loss_function(args):
+    """(loss(logp, old, adv, mask, norm=), what norm counts)."""
+    _, loss, mean = ALGORITHMS[args.algo]
+    options = {"stable_reinforce": dict(clip=args.clip or None, eps=args.eps, eps_high=args.eps_high), "dr_grpo": dict(eps=args.eps, max_tokens=args.max_tokens),
+               "dapo": {k: v for k, v in (("eps", args.eps), ("eps_high", args.eps_high)) if v is not None}, "cispo": dict(eps_high=args.eps_high or 4.0),
+               "topr": {}, "rloo": {}}.get(args.algo, dict(eps=args.eps))
+    return functools.partial(loss, **options), mean
+
+
+def train_step(engine, rows, loss, mean, args, pad, device, lr, sums, top):
+    """One optimizer step on this rank's rows of a mini-batch. Returns (loss, gradient norm); adds statistics to sums, maxima to top."""
+    # the normalisers: response tokens, or judgements, of the mini-batch on ALL ranks
+    tokens, count = reduced([sum(len(row["response"]) for row in rows), len(rows)])
+    norm = max(1.0, count if mean == "sequences" else tokens)
+
+    def loss_of(batch):
+        inputs = collate(batch, pad, device)
+        logp, entropy = token_logps(engine, inputs, entropy=True)  # (B, R)
+        mask = inputs["mask"]
+        for row, line in zip(batch, logp.detach()):
+            row.setdefault("old", line[:len(row["response"])].clone())  # the first mini-batch: provably equal, not computed twice
+        old, adv = (padded([row[k] for row in batch], mask) for k in ("old", "adv"))
+        if args.tis:  # truncated importance weights: vLLM sampled, the trainer differentiates
+            adv = adv * (old - padded([torch.tensor(row["sampled"]) for row in batch], mask)).exp().clamp_max(args.tis)
+        value, stats = loss(logp, old, adv, mask, norm=norm)
+        if args.kl_coef and args.kl != "k1":
+            penalty = KL[args.kl](logp, padded([row["reference"] for row in batch], mask))
+            value = value + args.kl_coef * torch.where(mask, penalty, 0.0).sum() / max(1.0, tokens)
+        n = int(stats["tokens"])
+        for name, v in (stats | {"tokens": 1, "entropy": entropy.sum() / max(1, n)}).items():
+            if name.endswith("_max"):
+                top[name] = max(top[name], float(v))
+            else:
+                sums[name] += float(v) * n  # shares and means of this micro-batch, weighted by its tokens
+        return value
+
+    return update(engine, micro_batches([[row] for row in rows], args.token_budget), loss_of, lr)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Are the two engines the same policy? (--check, the first sync, every --check_every steps)
+
+
+@torch.no_grad()
+def mismatch(trainer, processor, rows, device, budget):
+    """(mean, maximum) over tokens and ranks of |log-probability by vLLM - by the trainer| of sampled judgements."""
+    ours = logps_of(trainer, rows, processor.tokenizer.pad_token_id, device, budget)
+    gap = torch.cat([(a.cpu() - torch.tensor(row["sampled"])).abs() for a, row in zip(ours, rows)] + [torch.zeros(0)]).double()
+    total, n = reduced([gap.sum().item(), len(gap)])
+    return total / max(1, n), reduced(gap.max().item() if len(gap) else 0.0, "max")
+
+
+def bound_of(device):
+    """Largest mean gap that rounding explains: float32 on a CPU, bfloat16 kernels on a GPU."""
+    return 1e-4 if device.type == "cpu" else 0.05
+
+
+def check(engine, trainer, processor, pairs, args, device, rank):
+    """The comparison alone: as loaded, after every weight was changed and synced, and after they were put back. Same pictures throughout."""
+    policy, table = trainer.module, []
+    prompts = [prompt(processor, pair) for pair in pairs]
+    seeds = [seed_of("check", i) for i in range(len(pairs))]
+
+    def compare(name):
+        rows = rollout(engine, processor, pairs, prompts, seeds, 1, 1.0, min(64, args.max_tokens))
+        mean, worst = mismatch(trainer, processor, rows, device, args.token_budget)
+        table.append((name, reduced(len(rows)), mean, worst))
+
+    def shake(scale):
+        """Move every parameter, the vision tower's too, by the same random numbers on every rank."""
+        with torch.no_grad():
+            for i, p in enumerate(policy.model.parameters()):
+                with gathered([p], write=True):
+                    noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).to(p)
+                    p.data += scale * p.data.float().std().nan_to_num().clamp_min(1e-3).to(p.dtype) * noise
+
+    compare("as loaded")
+    for name, scale in (("weights moved, synced", 0.05), ("moved back, synced", -0.05)):
+        engine.sleep()
+        shake(scale)
+        engine.sync(policy)
+        compare(name)
+    limit = bound_of(device)
+    if rank == 0:
+        print(f"{'log-probabilities, vLLM and trainer':36s} {'judgements':>10s} {'mean gap':>10s} {'max gap':>10s}   (bound of the mean {limit:g})")
+        for name, n, mean, worst in table:
+            print(f"{name:36s} {n:10.0f} {mean:10.2e} {worst:10.2e}   {'ok' if mean <= limit else 'NOT THE SAME POLICY'}")
+    return all(mean <= limit for _, _, mean, _ in table)
+
+
+def assert_same(mean, worst, device, step):
+    if not mean <= bound_of(device):
+        raise RuntimeError(f"step {step}: vLLM and the trainer are not the same policy: their log-probabilities differ by {mean:.2e} on average, "
+                           f"{worst:.2e} at most; legal: a mean of {bound_of(device):g}. Likely: weights that did not reach vLLM (tied lm_head, "
+                           "vision tower), features cached before the sync, pictures of another size, another attention kernel or precision")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Held-out accuracy, the log, the curves
+
+
+def held_out(engine, processor, pairs, args):
+    """Greedy and at temperature 1: shares over all ranks' pairs."""
+    prompts = [prompt(processor, pair) for pair in pairs]
+    out = {}
+    for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        rows = rollout(engine, processor, pairs, prompts, [seed_of("eval", pair["id"]) for pair in pairs], 1, temperature, args.max_tokens)
+        right, form, ones, n = reduced([sum(result_reward(r["text"], r["pair"]["choice"]) for r in rows), sum(format_reward(r["text"]) for r in rows),
+                                        sum(parse(r["text"]).choice == 1 for r in rows), len(rows)])
+        out |= {f"eval_{name}": right / max(1, n), f"eval_{name}_format": form / max(1, n), f"eval_{name}_says_1": ones / max(1, n)}
+    return out | {"eval_n": n}
+
+
+def keep_rows(path, step):
+    """Drops what a killed run had written beyond the checkpoint it resumes from."""
+    if path.exists():
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n") and json.loads(line)["step"] <= step]
+        part = path.with_suffix(".part")
+        part.write_text("".join(kept), encoding="utf-8")
+        os.replace(part, path)
+
+
+def curves(folder):
+    """log.jsonl -> curves.png, as Fig. 2 and 4: rewards, lengths, the loss and what the two safeguards did."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "reward" in row]
+    panels = {"rewards": ["result", "consistency", "format"], "held-out accuracy": ["eval_greedy", "eval_sampled"], "length, tokens": ["length", "length_max"],
+              "loss": ["loss"], "entropy": ["entropy"], "largest |log ratio| before pre-clip": ["log_ratio_max"],
+              "share of tokens": ["preclipped", "clipped_low", "clipped_high"], "share of judgements": ["filtered", "truncated"]}
+    figure, axes = plt.subplots(2, 4, figsize=(16, 6.5), layout="constrained")
+    for axis, (title, names) in zip(axes.flat, panels.items()):
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            axis.plot(*zip(*points), label=name, marker="." if len(points) < 30 else None) if points else None
+        axis.set(title=title, xlabel="step")
+        axis.legend(frameon=False) if axis.lines else None
+    figure.savefig(folder / "curves.png", dpi=110)
+    plt.close(figure)
+
+
+def shown_pairs(pairs, step, args):
+    """The global batch of a step: rollout_batch pairs as they are shown; every pass over the data has its own order."""
+    unit = 2 if args.both_orders else 1  # neighbours: a pair and its swap
+    count, batch = args.rollout_batch // unit, []
+    for i in range(step * count, (step + 1) * count):
+        order = permutation(len(pairs), args.seed, i // len(pairs))
+        pair = pairs[order[i % len(pairs)]]
+        batch += [pair, swap(pair)][:unit]
+    return batch
+
+
+@functools.lru_cache(2)
+def permutation(n, seed, epoch):
+    order = list(range(n))
+    random.Random(f"{seed} {epoch} pairs").shuffle(order)
+    return order
+
+
+def validate(args, world):
+    samples, share = args.rollout_batch * args.n, world // args.tp * (2 if args.both_orders else 1)
+    if samples % args.train_batch:
+        raise ValueError(f"--train_batch is {args.train_batch}; legal: a divisor of --rollout_batch * --n = {samples}")
+    if world % args.tp or args.rollout_batch % share:
+        raise ValueError(f"--rollout_batch is {args.rollout_batch}, --tp {args.tp} on {world} ranks; legal: tp divides the ranks, "
+                         f"and ranks / tp{' * 2 orders' if args.both_orders else ''} divides the batch")
+    if args.clip and args.clip <= 1 or args.sigma < 0:
+        raise ValueError(f"--clip is {args.clip}, --sigma {args.sigma}; legal: clip above 1, sigma above 0, each 0 for off")
+    if args.engine == "hf" and (args.tis or args.old_logps == "vllm" or args.check):
+        raise ValueError("--tis, --old_logps vllm and --check compare with vLLM's log-probabilities; legal: with --engine vllm")
+    if samples == args.train_batch and args.epochs == 1 and args.algo == "stable_reinforce":
+        print("note: one update a rollout: every ratio is 1, so neither the pre-clip nor PPO's clip can act", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------
+
+
+def parser():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@")
+    p.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    add = p.add_argument_group("data").add_argument
+    add("--data", help="JSONL of pairs (annotate.py's rl.jsonl: those the annotator needed two attempts for, or failed)")
+    add("--eval_data", help="JSONL of held-out pairs; none = no held-out accuracy")
+    add("--eval_n", type=int, default=500, help="the first so many of them")
+    add("--out", default="out/rl", help="folder to write; the same command continues from its last checkpoint")
+    add("--seed", type=int, default=0, help="of the order of the pairs and of every sample")
+    add("--both_orders", action="store_true", help="beyond the paper: each pair also with its answers swapped, in the same batch")
+    add("--order_bonus", type=float, default=0.5, help="with --both_orders: reward for each of two judgements that are both right")
+    add = p.add_argument_group("model").add_argument
+    add("--model", default="out/sft", help="folder or hub name of the policy after the cold start")
+    add("--attn", default="sdpa", help="attention of the trainer: sdpa, flash_attention_2, eager")
+    add("--min_pixels", type=int, help="smallest image, pixels; none = as the model's processor has it")
+    add("--max_pixels", type=int, help="largest image, pixels; none = as the model's processor has it")
+    add("--freeze_vision", action="store_true", help="do not train the vision tower")
+    add("--recompute", action="store_true", help="gradient checkpointing: less memory, a third more compute")
+    add = p.add_argument_group("rollout").add_argument
+    add("--engine", choices=["vllm", "hf"], default="vllm", help="who samples; hf is slow and needs no vLLM")
+    add("--rollout_batch", type=int, default=256, help="pairs a step, over all ranks (256 in the paper)")
+    add("--n", type=int, default=1, help="judgements a pair (1 in the paper; the group algorithms need more)")
+    add("--max_tokens", type=int, default=1024, help="longest judgement, tokens; cut off = failure of format (ours)")
+    add("--max_len", type=int, default=4096, help="longest prompt and judgement together, tokens (ours)")
+    add("--tp", type=int, default=1, help="tensor parallel size of vLLM: that many ranks share one engine")
+    add("--memory", type=float, default=0.5, help="share of a GPU's memory for vLLM while it is awake")
+    add = p.add_argument_group("reward (Eq. 1, Eq. 2)").add_argument
+    add("--consistency_weight", type=float, default=0.5, help="lambda of Table 7 (0.5 in the paper)")
+    add("--reward_form", choices=["gated", "external"], default="gated", help="gated: Eq. 2; external: Eq. 1")
+    Judge.add_flags(p.add_argument_group("judge"))
+    add = p.add_argument_group("StableReinforce").add_argument
+    add("--algo", choices=list(ALGORITHMS), default="stable_reinforce", help="the neighbours of appendix B bring their own statistics and loss")
+    add("--clip", type=float, default=1e3, help="delta of the pre-clip: ratios stay within [1/delta, delta] (1e3 in the paper); 0 = off")
+    add("--sigma", type=float, default=3.0, help="advantages beyond it are dropped, in standard deviations (3 in the paper); 0 = off")
+    add("--eps", type=float, default=0.2, help="PPO's clip (0.2 in the paper)")
+    add("--eps_high", type=float, help="its upper side, for stable_reinforce, dapo, cispo; none = as --eps, or the algorithm's own")
+    add("--kl_coef", type=float, default=0.0, help="of a KL penalty towards --model (0 in the paper); 0 = no reference model")
+    add("--kl", choices=list(KL), default="k3", help="its estimator: k1 in the reward, k2 and k3 in the loss")
+    add("--tis", type=float, default=0.0, help="truncated importance weights min(trainer / vLLM, this) on each token; 0 = off")
+    add("--old_logps", choices=["trainer", "vllm"], default="trainer", help="vllm: take the sampler's, and save a forward pass")
+    add = p.add_argument_group("optimisation").add_argument
+    add("--train_batch", type=int, default=128, help="judgements an optimizer step, over all ranks (128 in the paper)")
+    add("--epochs", type=int, default=1, help="times a rollout is gone through")
+    add("--passes", type=float, default=5.0, help="times the data is gone through (5 in the paper)")
+    add("--steps", type=int, default=0, help="rollouts; 0 = as --passes gives")
+    add("--lr", type=float, default=1e-6, help="learning rate (1e-6 in the paper)")
+    add("--warmup", type=int, default=0, help="optimizer steps of linear warm-up (ours)")
+    add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient (ours)")
+    add("--zero", type=int, choices=[0, 1, 2, 3], default=2, help="DeepSpeed ZeRO stage; 3 for models that do not fit")
+    add("--token_budget", type=int, default=16384, help="padded tokens a micro-batch; changes memory and speed, never the gradient")
+    add = p.add_argument_group("log, checks, checkpoints").add_argument
+    add("--eval_every", type=int, default=10, help="steps between held-out accuracies, with --eval_data")
+    add("--save_every", type=int, default=20, help="steps between checkpoints; 0 = only at the end")
+    add("--save_best", action="store_true", help="also keep in best/ the model of the best held-out greedy accuracy")
+    add("--check", action="store_true", help="only compare vLLM's and the trainer's log-probabilities, before and after syncs")
+    add("--check_every", type=int, default=20, help="steps between such comparisons in a run; the first sync always has one; 0 = never")
+    return p
+
+
+def prepare(args, rank, world, device):
+    """Everything that lives through the run: (rollout engine, trainer, processor, reference). The rollout engine comes first: built
+    while DeepSpeed's ZeRO-3 is there, its own weights would be cut up."""
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    options = dict(attn=args.attn, min_pixels=args.min_pixels, max_pixels=args.max_pixels, dtype=dtype)
+    policy, processor = load_policy(args.model, recompute=args.recompute, freeze_vision=args.freeze_vision, **options)
+    engine = VLLM(args.model, processor, device, rank // args.tp, args.tp, args.max_len, args.memory) if args.engine == "vllm" else None
+    trainer = make_engine(policy, args.zero, args.lr, device, clip_grad=args.grad_clip)
+    reference = load_policy(args.model, **options)[0].to(device).eval().requires_grad_(False) if args.kl_coef else None
+    return engine or HF(policy, processor, device), trainer, processor, reference
+
+
+def old_logps(rows, later, trainer, reference, args, pad, device):
+    """Each row gets its old log-probabilities, except those whose update computes them anyway, and the reference's where there is one."""
+    if args.old_logps == "vllm":
+        for row in rows:
+            row["old"] = torch.tensor(row["sampled"], device=device)
+    else:
+        for row, logp in zip(later, logps_of(trainer, later, pad, device, args.token_budget)):
+            row["old"] = logp
+    if reference:
+        for row, logp in zip(rows, logps_of(reference, rows, pad, device, args.token_budget)):
+            row["reference"] = logp
+
+
+def summary(rows, rewards, parts, kept, totals, sums, top, seconds, judge):
+    """The row of the log: means over all ranks. README.md has each key's formula and what a healthy run shows."""
+    lengths, asked = [len(row["response"]) for row in rows], len(parts["asked"])
+    local = {"rewards": rewards.sum().item(), "result": parts["result"].sum().item(), "consistency": parts["consistency"].sum().item(),
+             "format": parts["format"].sum().item(), "length": sum(lengths), "truncated": sum(row["finish"] == "length" for row in rows),
+             "filtered": int((~kept).sum()), "says_1": sum(parse(row["text"]).choice == 1 for row in rows), "n": len(rows), "asked": asked,
+             "calls": judge.counts["calls"], "judge_failed": judge.counts["failed"] + judge.counts["unparsable"], **sums}
+    total = dict(zip(local, reduced(list(local.values()))))
+    most = dict(zip(["length_max", *top], reduced([max(lengths, default=0), *top.values()], "max")))
+    n, tokens = max(1, total["n"]), max(1, total["tokens"])
+    of_judgements = {k: total[k] / n for k in ("result", "format", "length", "truncated", "filtered", "says_1")}
+    return {"reward": total["rewards"] / n, **of_judgements, "consistency": total["consistency"] / max(1, total["asked"]),
+            "loss": sum(loss for loss, _ in totals) / len(totals), "loss_max": max(loss for loss, _ in totals),
+            "grad_norm": max(norm for _, norm in totals), "skipped": sum(not math.isfinite(norm) for _, norm in totals), **{k: total[k] / tokens for k in sums if k != "tokens"}, **most,
+            "judge_calls": total["calls"], "judge_failed": total["judge_failed"], "samples": total["n"],
+            "seconds": sum(seconds.values()), **{f"s_{k}": v for k, v in seconds.items()},
+            "tokens_per_s": total["length"] / max(1e-9, sum(seconds.values()))}
+
+
+def main():
+    p = parser()
+    args = p.parse_args()
+    rank, world, device = setup(args.seed)
+    validate(args, world)
+    out, group, groups = Path(args.out), rank // args.tp, world // args.tp
+    pairs = read_pairs(args.data)
+    held = read_pairs(args.eval_data, args.eval_n) if args.eval_data else []
+    held = [swap(pair) if seed_of("order", i) % 2 else pair for i, pair in enumerate(held)]  # a coin: neither order is the rule
+    engine, trainer, processor, reference = prepare(args, rank, world, device)
+    policy, pad = trainer.module, processor.tokenizer.pad_token_id
+    if args.check:
+        sys.exit(0 if check(engine, trainer, processor, pairs[group:8 * groups:groups], args, device, rank) else 1)
+
+    judge, loader = Judge(args, args.seed), ThreadPoolExecutor(1)
+    loss, mean = loss_function(args)
+    updates = args.rollout_batch * args.n // args.train_batch
+    steps = args.steps or math.ceil(args.passes * len(pairs) * (2 if args.both_orders else 1) / args.rollout_batch)
+    first, state = load_checkpoint(out / "checkpoints", trainer)
+    state = state or {"best": -1.0, "skipped": 0}
+    out.mkdir(parents=True, exist_ok=True)
+    keep_rows(out / f"rollouts-{rank}.jsonl", first)
+    log = Log(out, header(args, world, device) | {"pairs": len(pairs), "held_out": len(held)}, first, steps)
+
+    def shown(step):  # this rank's share of the global batch, as rows of the engine; read while the step before still trains
+        batch = shown_pairs(pairs, step, args)
+        size = len(batch) // groups
+        return [(group * size + i, pair, prompt(processor, pair)) for i, pair in enumerate(batch[group * size:(group + 1) * size])]
+
+    coming = loader.submit(shown, first)
+    if first or device.type == "cuda":
+        engine.sync(policy)  # vLLM has the weights of --model
+    if held and not first:
+        log.row(0, **held_out(engine, processor, held[group::groups], args))
+
+    for step in range(first, steps):
+        seconds, clock = {}, [time.perf_counter()]
+
+        def lap(name):
+            clock.append(time.perf_counter())
+            seconds[name] = clock[-1] - clock[-2]
+
+        # 1. rollout
+        places, mine, prompts = zip(*coming.result())
+        coming = loader.submit(shown, step + 1)
+        lap("data")
+        rows = rollout(engine, processor, mine, prompts, [seed_of(args.seed, step, i) for i in places], args.n, 1.0, args.max_tokens)
+        for i, row in enumerate(rows):
+            row |= {"group": places[i // args.n], "place": places[0] * args.n + i}
+        if args.tp > 1:  # the ranks of one engine sampled the same: each trains on its part
+            unit = args.n * (2 if args.both_orders else 1)
+            rows = [row for row in rows if row["place"] // unit % args.tp == rank % args.tp]
+        lap("rollout")
+        checked = {}
+        if args.engine == "vllm" and args.check_every and (step == first + 1 or step % args.check_every == 0):
+            checked = dict(zip(("mismatch", "mismatch_max"), mismatch(trainer, processor, rows, device, args.token_budget)))
+            assert_same(*checked.values(), device, step)
+            lap("check")
+        engine.sleep()
+
+        # 2. score: the rules at once; the judge works while the trainer computes
+        finish = score(rows, judge, args)
+
+        # 4. old log-probabilities, of all but the first mini-batch
+        order = list(range(args.rollout_batch * args.n))
+        random.Random(f"{args.seed} {step} mini-batches").shuffle(order)
+        batch_of = {place: i // args.train_batch for i, place in enumerate(order)}
+        k1 = args.kl_coef and args.kl == "k1"
+        old_logps(rows, [row for row in rows if k1 or batch_of[row["place"]]], trainer, reference, args, pad, device)
+        lap("old_logps")
+        rewards, parts = rewards_or_stop(finish, lambda: save_checkpoint(out / "checkpoints", trainer, step, state))
+        lap("judge")
+
+        # 3. advantages over the global batch, filtered
+        kept = advantages_of(rows, rewards, args)
+
+        # 5. update: the same mini-batches on any number of ranks, each rank with its own rows of them
+        totals, sums, top = [], Counter(), Counter()
+        for u in range(updates * args.epochs):
+            batch = [row for row in rows if batch_of[row["place"]] == u % updates]
+            lr = args.lr * min(1, (step * updates * args.epochs + u + 1) / (args.warmup + 1))
+            totals.append(train_step(trainer, batch, loss, mean, args, pad, device, lr, sums, top))
+            state["skipped"] = 0 if math.isfinite(totals[-1][1]) else state["skipped"] + 1
+            if state["skipped"] == 3:
+                torch.save(batch, out / f"not-finite-{rank}.pt")
+                sys.exit(f"rl.py: step {step + 1}: three gradients in a row were not finite; the last mini-batch is in {out}/not-finite-*.pt")
+        lap("update")
+
+        # 6. sync
+        engine.sync(policy)
+        lap("sync")
+
+        done, scores = step + 1, {}
+        if held and (done % args.eval_every == 0 or done == steps):
+            scores = held_out(engine, processor, held[group::groups], args)
+            if args.save_best and scores["eval_greedy"] > state["best"]:
+                state["best"] = scores["eval_greedy"]
+                save_policy(policy, processor, out / "best", rank)
+        keep_rollouts(out / f"rollouts-{rank}.jsonl", done, rows, rewards, parts)
+        log.row(done, **summary(rows, rewards, parts, kept, totals, sums, top, seconds, judge), **checked, **scores)
+        if args.save_every and done % args.save_every == 0 and done < steps:
+            save_checkpoint(out / "checkpoints", trainer, done, state)
+
+    save_policy(policy, processor, out, rank)
+    log.close()
+    if rank == 0:
+        curves(out)
+        print(f"{out}: the model after {steps} steps, log.jsonl, curves.png")
+
+
+if __name__ == "__main__":
+    main()
