@@ -611,22 +611,34 @@ class Journal:
     def __init__(self, path, config):
         self.path, self.replies, self.tokens = path, defaultdict(list), [0, 0]  # replies: {id: [(choice, offset in the file)]}
         self.file = path.open("a+b")
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
-        except BlockingIOError:
-            raise Unusable(f"{path}: another annotate.py is writing to it; wait for it, or choose another --out") from None
+        with contextlib.ExitStack() as failed:
+            failed.callback(self.file.close)
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+            except BlockingIOError:
+                raise Unusable(f"{path}: another annotate.py is writing to it; wait for it, or choose another --out") from None
+            self.read(config)
+            failed.pop_all()
+
+    def read(self, config):
         self.mend()
-        lines = located_lines(path)
+        lines = located_lines(self.path)
         _, _, made = next(lines, (0, "", None))
         if made is None:
             self.write(config)
         else:
-            same_run(path, made, config)
+            same_run(self.path, made, config)
         for offset, where, row in lines:
             try:
                 self.learn(row, offset)
             except (LookupError, TypeError, AttributeError):
                 raise Unusable(f"{where}: {json.dumps(row)[:200]} is no reply; legal: id, attempt, text, finish, tokens") from None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
 
     def mend(self):
         """Cuts off a last line that a killed process has half written."""
@@ -696,7 +708,8 @@ class Endpoint:
             self.retried[kind] += 1
             if attempt == self.retries:
                 raise Unanswered(f"{attempt + 1} times in a row no answer, at last: {why}", False)
-            await asyncio.sleep(wanted_pause(headers) + min(60, 0.5 * 2**attempt) * random.uniform(0.5, 1))
+            backoff = min(60, 0.5 * 2**attempt) * random.uniform(0.5, 1)
+            await asyncio.sleep(max(backoff, wanted_pause(headers) * random.uniform(1, 1.2)))  # not all at the same moment
 
 
 def completion(body):
@@ -799,7 +812,8 @@ async def annotate(pairs, journal, endpoint, args, bar):
                 share = {"solved": f"{solved / judged:.1%}"} if args.mode == "judge" else {}
                 bar.set_postfix(**share, retried=endpoint.retried.total(), refresh=False)
 
-    await asyncio.gather(*[work() for _ in range(args.concurrency)])
+    async with endpoint.client:
+        await asyncio.gather(*[work() for _ in range(args.concurrency)])
     return aside.total()
 
 
@@ -874,7 +888,7 @@ def draw(path, tries, lengths):
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    names, done = sorted(tries), Counter()
+    names, done = sorted(name for name in tries if tries[name]), Counter()
     for k, colour in zip((1, 2, 3, 4), ("#4c9f70", "#e3b23c", "#e07b39", "#b23a48")):
         shares = [tries[s][k] / tries[s].total() for s in names]
         left.barh(names, shares, left=[done[s] for s in names], color=colour, label="failed" if k == 4 else f"{k}")
@@ -962,19 +976,19 @@ def run(args):
     with open(out / "mix.jsonl", "rb") as file:
         config = {k: vars(args)[k] for k in asked} | {"prompt": hashlib.sha256(prompt.encode()).hexdigest()[:12],
                                                       "pairs": hashlib.file_digest(file, "sha256").hexdigest()[:12]}
-    journal = Journal(out / ("journal.jsonl" if args.mode == "judge" else "journal-critique.jsonl"), config)
     endpoint = Endpoint(args.base_url, args.timeout, args.retries)
     total = sum(n.get("taken", 0) for n in counts.values()) * (2 if args.both_orders else 1)
-    with tqdm(total=total, desc=args.mode, unit=" pairs", smoothing=0.05, mininterval=1) as bar:
-        left = asyncio.run(annotate(each_pair(out / "mix.jsonl"), journal, endpoint, args, bar))
-    # 4. write
-    if args.mode == "critique":
-        write_pairs(out / "critic.jsonl", criticised(out / "mix.jsonl", journal))
-    else:
-        pairs = lambda: judged(out / "mix.jsonl", journal, args.both_orders)
-        for name, attempts in SETS.items():
-            write_pairs(out / f"{name}.jsonl", (pair for pair in pairs() if pair["attempts"] in attempts))
-        report(out, counts, journal, pairs(), args)
+    with Journal(out / ("journal.jsonl" if args.mode == "judge" else "journal-critique.jsonl"), config) as journal:
+        with tqdm(total=total, desc=args.mode, unit=" pairs", smoothing=0.05, mininterval=1) as bar:
+            left = asyncio.run(annotate(each_pair(out / "mix.jsonl"), journal, endpoint, args, bar))
+        # 4. write
+        if args.mode == "critique":
+            write_pairs(out / "critic.jsonl", criticised(out / "mix.jsonl", journal))
+        else:
+            pairs = lambda: judged(out / "mix.jsonl", journal, args.both_orders)
+            for name, attempts in SETS.items():
+                write_pairs(out / f"{name}.jsonl", (pair for pair in pairs() if pair["attempts"] in attempts))
+            report(out, counts, journal, pairs(), args)
     print(f"sent again: {dict(endpoint.retried) or 'nothing'}")
     if left:
         raise Unusable(f"{left} of {total} pairs got no answer (see above); the same command asks for these again, and for nothing else")
