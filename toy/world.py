@@ -84,7 +84,7 @@ def draw(scene, difficulty, rng):
     for _ in range(rng.randrange(1 + round(10 * difficulty))):  # specks in any colour, on anything
         r, c, n = rng.randrange(SIZE - 3), rng.randrange(SIZE - 3), rng.choice((2, 3))
         picture[r:r + n, c:c + n] = COLOURS[rng.choice(list(COLOURS))]
-    picture += gen.normal(0, 6 + 50 * difficulty, picture.shape)
+    picture += gen.normal(0, 6 + 34 * difficulty, picture.shape)
     return picture.clip(0, 255).astype(np.uint8)
 
 
