@@ -122,10 +122,9 @@ def bench_rows(name, path, out, group):
         yield from (pair | {"groups": {group: str(pair.get(group))}, "set": None} for pair in each_pair(path))
         return
     read, patterns = BENCHMARKS[name]
-    folder = path if os.path.isdir(path) else os.path.dirname(path)
     for number, (where, r) in enumerate(table_rows(path, patterns)):
         try:
-            id, question, responses, choice, seen, groups = read(r, folder)
+            id, question, responses, choice, seen, groups = read(r, os.path.dirname(where.rpartition(", ")[0]))  # paths are from the file's folder
         except (LookupError, TypeError, AttributeError) as problem:
             raise Unusable(f"{where} is not as rows of {name} are ({problem!r}); see {read.__name__}() in evaluate.py") from None
         for i, data in enumerate(seen["images"]):
@@ -309,7 +308,8 @@ def due(row, done, args):
     if args.early_stop:
         found = picks(row, sequence, done)
         equal = next((i for i, p in enumerate(found[::-1]) if p is None or p != found[-1]), len(found))
-        ahead = sequence[len(found):len(found) + 3 - min(equal, 2)] if stopped(found, args.samples) is False else []
+        must = sequence[len(found):len(found) + 3 - min(equal, 2)] if stopped(found, args.samples) is False else []
+        ahead = [at for at in must if at in ahead]
     jobs = []
     for order, sample in sorted(ahead):
         if jobs and jobs[-1].order == order and jobs[-1].first + jobs[-1].count == sample:
@@ -321,14 +321,15 @@ def due(row, done, args):
 
 def collect(rows, answers, done, args, write=None):
     """Asks for every judgement of the rows that is not there yet; `done` grows, and `write` is told of each as it comes."""
-    jobs, left, start, made, tokens, said = deque(), Counter(), time.monotonic(), 0, 0, 0.0  # left: a row's samples on their way
+    jobs, left, start, made, tokens, told = deque(), Counter(), time.monotonic(), 0, 0, 0.0  # left: a row's samples on their way
 
     def ask(row):
-        jobs.extend(more := due(row, done, args))
-        left[row["bench"], row["row"]] += sum(job.count for job in more)
+        more = due(row, done, args)
+        jobs.extend(more)
+        left[row["bench"], row["row"]] += (n := sum(job.count for job in more))
+        return n
 
-    for row in rows:
-        ask(row)
+    total = sum(map(ask, rows))
     for job, outputs in answers(jobs):
         place = {"bench": job.row["bench"], "row": job.row["row"], "id": job.row["id"], "order": job.order}
         judgements = [place | {"sample": sample} | output for sample, output in enumerate(outputs, job.first)]
@@ -337,11 +338,11 @@ def collect(rows, answers, done, args, write=None):
         done |= {where(j): j for j in judgements}
         left[place["bench"], place["row"]] -= len(outputs)
         if args.early_stop and not left[place["bench"], place["row"]]:
-            ask(job.row)
+            total += ask(job.row)
         made, tokens, spent = made + len(outputs), tokens + sum(o["tokens"] for o in outputs), time.monotonic() - start
-        if write and (spent > said + 10 or not +left):
-            said = spent
-            print(f"{made} judgements in {spent:.0f} s, {tokens / spent:.0f} tokens/s, {left.total()} to come", flush=True)
+        if write and (spent > told + 10 or made == total):
+            told = spent
+            print(f"{made} of {total} judgements in {spent:.0f} s, {tokens / spent:.0f} tokens/s", flush=True)
 
 
 def seed_of(job, args):
@@ -426,7 +427,10 @@ def engine(args):
                     ahead.append((jobs[0], pool.submit(request, jobs.popleft())))
                 while ahead and sum(job.count for job in flying.values()) < 512:  # the engine runs 256 at a time
                     job, ready = ahead.popleft()
-                    llm.add_request(str(number), *ready.result())
+                    try:
+                        llm.add_request(str(number), *ready.result())
+                    except (ValueError, OSError) as problem:
+                        raise Unusable(f"{job.row['bench']} row {job.row['row']}: {problem}; if it is too long: --max_model_len, --max_pixels") from None
                     flying[str(number)], number = job, number + 1
                 for finished in llm.step():
                     yield flying.pop(finished.request_id), [output(c) for c in finished.outputs]
@@ -447,7 +451,7 @@ def endpoint(args):
                                                    max_completion_tokens=args.max_new_tokens, **more)
             choice, used = reply.choices[0], reply.usage
             text, pieces = choice.message.content or "", (choice.logprobs.content if choice.logprobs else None) or []
-        except openai.APIStatusError as refused:
+        except (openai.APIStatusError, openai.APIConnectionError) as refused:
             if more and "logprobs" in str(refused):
                 extra.clear()  # it has none to give
                 return one(shown, seed, tries)
@@ -776,8 +780,11 @@ def interval(values):
     return [None] * 3 if np.isnan(values[0]) else [round(float(v), 3) for v in (values[0], *np.nanpercentile(values[1:], (2.5, 97.5)))]
 
 
-AGAIN = re.compile(r"\b(wait|hold on|on second thought|let me (re|check|look again|think again)\w*|re-?(check|read|examin|consider|calculat|evaluat)\w*|"
-                   r"i (made|was) (a mistake|wrong)|correct(ing)? myself)\b", re.IGNORECASE)  # C.6: the model doubts itself
+def doubts(text):
+    """Does the reasoning go back on itself (C.6)? By telltale words: a hint where to look, no measurement."""
+    said = text.lower()
+    return any(words in said for words in ("wait,", "wait.", "wait:", "wait!", "re-read", "reread", "re-check", "recheck", "re-exam", "reexam", "re-eval",
+                                           "reconsider", "recalculat", "second thought", "look again", "made a mistake", "correct myself"))
 
 
 def about(tally, args):
@@ -791,7 +798,7 @@ def about(tally, args):
     out = {"rows": len(tally.rows), "rows left out, not judged to the end": tally.missing, "judgements": len(tally.used),
            "says 1": share([j["choice"] == 1 for j in tally.used if j["choice"]]), "flips with the order": share(flips),
            "no verdict": share([j["choice"] is None for j in tally.used]), "truncated": share([j["finish"] == "length" for j in tally.used]),
-           "doubts itself": share([bool(AGAIN.search(j["text"])) for j in tally.used]),
+           "doubts itself": share([doubts(j["text"]) for j in tally.used]),
            "tokens a judgement": round(float(np.mean([j["tokens"] for j in tally.used])), 1),
            "verdicts without log-probability": sum(bool(j["choice"]) and j["logp1"] is None and j["logp2"] is None for j in tally.used)}
     cost = [(samples, tokens) for _, samples, tokens in tally.online]
@@ -902,6 +909,7 @@ def figure(results, path):
             axis.fill_between(list(scaling), low, high, color=colour, alpha=0.15, linewidth=0)
         axis.plot(list(scaling), [at["any of a coin"] for at in scaling.values()], ":", color="grey", label="any, of a coin")
         axis.set(title=bench, xlabel="samples a row", ylabel="overall accuracy, %")
+        axis.xaxis.get_major_locator().set_params(integer=True)
     axes[0][0].legend(frameon=False)
     fig.savefig(path, dpi=150)
     plt.close(fig)
@@ -934,11 +942,12 @@ def page_items(benches, done, limit):
     """The first rows of each benchmark that have judgements, as page.html shows them."""
     judged, items = defaultdict(list), []
     for at in sorted(done):
-        judged[at[:2]].append(done[at] | {"again": bool(AGAIN.search(done[at]["text"]))})
+        judged[at[:2]].append(done[at])
     for bench, rows in benches.items():
         for row in [row for row in rows if judged[bench, row["row"]]][:limit]:
             items.append({k: row[k] for k in ("bench", "row", "id", "question", "responses", "choice")} | {
-                "group": " / ".join(row["groups"].values()), "images": shown(row), "judgements": judged[bench, row["row"]]})
+                "group": " / ".join(row["groups"].values()), "images": shown(row),
+                "judgements": [j | {"again": doubts(j["text"])} for j in judged[bench, row["row"]]]})
     return items
 
 
@@ -947,8 +956,9 @@ def blind_vote(benches, done, other, args):
     rng, items, key = random.Random(f"{args.seed} vote"), [], []
     reasoning = lambda j: parse(j["text"]).think or j["text"].split("<answer>")[0]
     rows = {(row["bench"], row["row"]): row for its in benches.values() for row in its}
-    shared = {at[:2]: at for at in sorted(done.keys() & other.keys(), key=lambda at: rng.random()) if at[:2] in rows}  # one judgement a row
-    for number, at in enumerate(list(shared.values())[:args.page]):
+    shared = [at for at in sorted(done.keys() & other.keys()) if at[:2] in rows]
+    rng.shuffle(shared)
+    for number, at in enumerate(list({at[:2]: at for at in shared}.values())[:args.page]):  # one judgement a row
         row, ours = rows[at[:2]], rng.choice(("left", "right"))
         sides = [reasoning(run[at]) for run in ((done, other) if ours == "left" else (other, done))]
         items.append({"item": number, "question": row["question"], "responses": row["responses"][::-1 if at[2] else 1], "images": shown(row), "sides": sides})
@@ -1069,6 +1079,8 @@ def parser():
 
 def check_args(args):
     """Fills in what follows from other flags or, without a model, from the run; stops at what would mislead after hours."""
+    if args.score_only and args.bench:
+        raise Unusable("--score_only takes the rows that the run in --out kept; leave --bench out")
     if args.score_only and Path(args.out, "config.json").is_file():
         made = json.loads(Path(args.out, "config.json").read_text())
         vars(args).update({k: made[k] for k in MADE_BY}, samples=args.samples or made["samples"], orders=args.orders or made["orders"])

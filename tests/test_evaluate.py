@@ -111,7 +111,12 @@ def test_both_files_of_vl_reward_bench_hold_the_same(toy, tmp_path):
                         Path(r["images"][0]).read_bytes())
     assert [better(r) for r in hub] == [better(r) for r in released]
     assert Counter(r["choice"] for r in hub) == {1: 35, 2: 35} and Counter(r["choice"] for r in released) == {1: 70}
-    assert list(ev.bench_rows(VL, toy / "VL-RewardBench", tmp_path, "source")) == hub  # a folder: the hub's file
+
+
+@pytest.mark.parametrize("bench", [VL, MM, RLHF])
+def test_a_benchmarks_folder_is_as_good_as_its_file(bench, toy, tmp_path):
+    rows = [ev.read_rows(args_of("--bench", f"{bench}={toy / path}", "--out", tmp_path)) for path in (bench, FILES[bench])]
+    assert rows[0] == rows[1]
 
 
 def test_the_groups_of_vl_reward_bench_in_any_case():
@@ -472,6 +477,16 @@ def test_early_stopping_draws_what_the_replay_of_all_samples_would(orders):
     assert replay["about"]["early stopping: samples"] == pytest.approx(np.mean(cost), rel=0.12)
     assert overall(replay, "early stopping, at most 16") == pytest.approx(overall(result, "early stopping, at most 16"), abs=6)
     assert replay["about"]["tokens of all samples"] == 160
+
+
+def test_early_stopping_goes_on_after_a_kill_without_asking_twice():
+    """A kill may leave a row's first order without its second: the gap is filled, what is there is not asked again."""
+    rows, args = [row(i, 1 + i % 2) for i in range(60)], args_of("--samples", 16, "--early_stop")
+    drawn = judged(rows, args, random_judge(3))
+    left = {at: j for at, j in drawn.items() if random.Random(str(at[1:3])).random() < 0.7}
+    written, done = [], dict(left)
+    ev.collect(rows, lambda jobs: ((j, [random_judge(3)(j.row, j.order, j.first + i) for i in range(j.count)]) for j in iter_jobs(jobs)), done, args, written.extend)
+    assert done == drawn and sorted(map(ev.where, written)) == sorted(drawn.keys() - left.keys())
 
 
 @pytest.mark.parametrize("words, why", [(["--samples", "5"], "an even number"), (["--samples", "4", "--temperature", "0"], "are the same")])
