@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -134,7 +135,8 @@ def test_the_report_says_what_became_of_every_row(whole):
     pairs = read_pairs(whole[0] / "pairs.jsonl")
     attempts = count(pair["attempts"] for pair in pairs)
     assert f"| all | {len(pairs):,} | {len(pairs):,} | " + " | ".join(f"{attempts[k]:,}" for k in (1, 2, 3, 4)) + " | 0 |" in text
-    assert f"{sum(min(a, 3) * n for a, n in attempts.items()):,} replies" in text and "| WildVision-Battle | different histories | 5 |" in text
+    assert f"{sum(min(a, 3) * n for a, n in attempts.items()):,} replies" in text
+    assert "| WildVision-Battle | different histories | 5 |" in text
     assert (whole[0] / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -218,7 +220,8 @@ def test_all_of_mm_rlhf_and_so_many_of_the_others(tmp_path):
     counts, pairs = mixed(data, tmp_path / "a", "--others", 30)
     human = [pair for pair in pairs if pair["source"].startswith("MM-RLHF")]
     assert len(human) == sum(c["pairs"] for name, c in counts.items() if name.startswith("MM-RLHF")) > 250
-    assert len(pairs) == len(human) + 30 == sum(c["taken"] for c in counts.values()) and {p["source"] for p in pairs} >= {"RLAIF-V", "POVID"}
+    assert len(pairs) == len(human) + 30 == sum(c["taken"] for c in counts.values())
+    assert {p["source"] for p in pairs} >= {"RLAIF-V", "POVID"}
     assert abs(sum(3 - 2 * p["choice"] for p in pairs)) <= 1
     assert 20 < sum(a["source"].startswith("MM") != b["source"].startswith("MM") for a, b in zip(pairs, pairs[1:]))  # shuffled
     order = [p["id"] for p in pairs]
@@ -419,6 +422,7 @@ def test_retry_after_is_honoured(tmp_path):
     assert 25 < annotate.wanted_pause({"retry-after": soon}) <= 30
     past = email.utils.formatdate(time.time() - 30, usegmt=True)
     assert [annotate.wanted_pause({"retry-after": v}) for v in (past, "-1", "soon", "nan")] == [0, 0, 0, 0]
+    assert annotate.wanted_pause({"retry-after": "inf"}) == annotate.wanted_pause({"retry-after": "86400"}) == 3600
 
 
 def test_a_server_that_takes_a_second_is_kept_busy(tmp_path):
@@ -427,18 +431,18 @@ def test_a_server_that_takes_a_second_is_kept_busy(tmp_path):
 
     small = Image.frombytes("RGB", (40, 40), random.Random(0).randbytes(4800))
     small.resize((512, 512), Image.Resampling.BICUBIC).save(tmp_path / "a.jpg", quality=95)
-    path = mine(tmp_path, plain(128, image="a.jpg"))
+    path = mine(tmp_path, plain(64, image="a.jpg"))
     with annotator("--latency", "1") as it:
         start = time.monotonic()
         own(path, tmp_path / "out", "--concurrency", 64, url=it.url)
         calls = it.stats["answered"]
-    assert calls == 3 * 128 and calls / (time.monotonic() - start) > 25
+    assert calls == 3 * 64 and calls / (time.monotonic() - start) > 25
 
 
 def test_a_pair_that_gets_no_answer_waits_for_the_next_run(tmp_path, capsys):
     """It is in no set, costs nothing else, and the command says so; the next run asks for it alone."""
     path = mine(tmp_path, plain(12))
-    with annotator("--p_500", "0.4") as it, pytest.raises(SystemExit, match="pairs got no answer .*; the same command asks for these again"):
+    with annotator("--p_500", "0.4") as it, pytest.raises(SystemExit, match="pairs got no answer .*; the same command asks"):
         own(path, tmp_path / "out", "--concurrency", 2, url=it.url)
     attempts = [p["attempts"] for p in read_pairs(tmp_path / "out/pairs.jsonl")]
     assert set(attempts) == {None, 4} and len(read_pairs(tmp_path / "out/rl.jsonl")) == attempts.count(4)
@@ -464,7 +468,7 @@ def test_requests_that_the_endpoint_will_not_have_stop_a_run_only_if_it_had_no_r
 
 def test_an_endpoint_that_answers_nobody_stops_the_run(tmp_path):
     path = mine(tmp_path, plain(40))
-    with pytest.raises(SystemExit, match=r"8 pairs in a row got no answer, the last one: 1 times in a row no answer, at last: APIConnectionError"):
+    with pytest.raises(SystemExit, match="8 pairs in a row got no answer, the last one: .* APIConnectionError"):
         own(path, tmp_path / "out", "--concurrency", 2)
 
 
@@ -483,15 +487,14 @@ def test_the_key_comes_from_the_environment_and_goes_nowhere_else(tmp_path, monk
         assert Endpoint(here).key == "EMPTY"
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        import threading
-
         def complain():
             line, _ = listening.accept()
             with line:
                 head = line.recv(2**20).decode()
                 told = head.partition("uthorization: ")[2].partition("\r\n")[0]
                 body = json.dumps({"error": {"message": f"wrong key: {told}"}})
-                line.sendall(f"HTTP/1.1 401 Unauthorized\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+                head = f"HTTP/1.1 401 Unauthorized\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+                line.sendall(f"{head}\r\n\r\n{body}".encode())
 
         thread = threading.Thread(target=complain)
         thread.start()
@@ -574,7 +577,7 @@ def test_a_real_vllm_server_is_an_annotator_like_any_other(tmp_path):
                     break
             assert it.poll() is None, log.read_text()[-3000:]
             time.sleep(0.5)
-        out = toy(f"http://127.0.0.1:{port}/v1", tmp_path / "out", "--limit", "24", "--model", "toy", "--max_tokens", "48", "--concurrency", "8")
+        out = toy(f"http://127.0.0.1:{port}/v1", tmp_path / "out", "--limit", "24", "--model", "toy", "--max_tokens", "48")
     finally:
         os.killpg(it.pid, signal.SIGKILL)
         it.wait()
@@ -602,7 +605,8 @@ def test_an_unknown_source(capsys, data, says):
 
 
 @pytest.mark.parametrize("flag, value, says", [
-    ("--limit", "0", "1 or more"), ("--concurrency", "0", "1 or more"), ("--temperature", "-1", "0 or more"), ("--timeout", "nan", "0.1 or more"),
+    ("--limit", "0", "1 or more"), ("--concurrency", "0", "1 or more"), ("--temperature", "-1", "0 or more"),
+    ("--timeout", "nan", "0.1 or more"),
     ("--request", "[1]", "is no JSON object"), ("--request", "{", "is no JSON object"), 
     ("--max_pixels", "x", "invalid"), ("--mode", "both", "choice")])
 def test_illegal_flags(capsys, flag, value, says):
@@ -624,8 +628,10 @@ def test_data_has_to_be_given(capsys):
     ("MM-RLHF", "wrong.jsonl", "wrong.jsonl, line 1 has no id, chosen; legal for MM-RLHF: an object with id, prompt, chosen, rejected"),
     ("pairs", "list.jsonl", "line 1 has no prompt, chosen, rejected"),
     ("pairs", "number.jsonl", "line 1 is not as rows of pairs are (AttributeError"),
-    ("VLFeedback", "odd.jsonl", "line 1 is not as rows of VLFeedback are"), ("R1-Reward-RL", "message.jsonl", "see r1_reward_rl() in annotate.py"),
-    ("pairs", "nothing.jsonl", "not one pair came of it (no rows"), ("pairs", "absent.jsonl", "not one pair came of it ({'missing image': 2}"),
+    ("VLFeedback", "odd.jsonl", "line 1 is not as rows of VLFeedback are"),
+    ("R1-Reward-RL", "message.jsonl", "see r1_reward_rl() in annotate.py"),
+    ("pairs", "nothing.jsonl", "not one pair came of it (no rows"),
+    ("pairs", "absent.jsonl", "not one pair came of it ({'missing image': 2}"),
     ("RLAIF-V", "hub:openbmb/RLAIF-V-Dataset", "legal: hub:owner/name@revision"),
 ])
 def test_bad_files_are_named_with_the_place_and_what_is_legal(tmp_path, monkeypatch, name, path, says):
@@ -634,7 +640,8 @@ def test_bad_files_are_named_with_the_place_and_what_is_legal(tmp_path, monkeypa
     for file, text in {
             "text.txt": "", "half.jsonl": good + good[:20], "gap.jsonl": good + "\n" + good, "half.json": "[{", "object.json": "{}",
             "wrong.jsonl": '{"prompt": "Q", "rejected": "x"}\n', "list.jsonl": "[]\n", "nothing.jsonl": "",
-            "number.jsonl": '{"prompt": 1, "chosen": "a", "rejected": "b"}\n', "odd.jsonl": '{"id": 1, "prompt": "", "completions": [1], "img_path": ""}\n',
+            "number.jsonl": '{"prompt": 1, "chosen": "a", "rejected": "b"}\n',
+            "odd.jsonl": '{"id": 1, "prompt": "", "completions": [1], "img_path": ""}\n',
             "message.jsonl": '{"message": "{", "answer": ["1"]}\n',
             "absent.jsonl": json.dumps(plain(image="a.png")[0]) + "\n" + json.dumps(plain(image="b.png")[0]) + "\n"}.items():
         Path(file).write_text(text)
@@ -683,7 +690,8 @@ GOOD = {"id": "x", "source": "toy", "question": "Q", "images": ["a/b.png"], "vid
 
 
 def test_pairs_survive_writing_and_reading(tmp_path):
-    pairs = [GOOD | {"images": [str(tmp_path / "a.png")], "video": [str(tmp_path / "v/1.png")], "extra": [1], "annotation": "\u2028 \ud83d x"}] * 2
+    odd = {"extra": [1], "annotation": "\u2028 \ud83d x"}
+    pairs = [GOOD | odd | {"images": [str(tmp_path / "a.png")], "video": [str(tmp_path / "v/1.png")]}] * 2
     write_pairs(tmp_path / "deep/pairs.jsonl", pairs)
     assert '"../a.png"' in (tmp_path / "deep/pairs.jsonl").read_text()
     back = read_pairs(tmp_path / "deep/pairs.jsonl")
@@ -700,7 +708,8 @@ def test_a_pair_that_is_wrong_leaves_the_old_file(tmp_path):
 
 @pytest.mark.parametrize("field, value", [
     ("id", ""), ("id", 1), ("source", None), ("question", 1), ("images", None), ("images", [""]), ("video", []), ("video", "a"),
-    ("responses", ["a"]), ("responses", ["a", " "]), ("choice", "1"), ("choice", True), ("attempts", 5), ("attempts", True), ("annotation", 1)])
+    ("responses", ["a"]), ("responses", ["a", " "]), ("choice", "1"), ("choice", True), ("attempts", 5),
+    ("attempts", True), ("annotation", 1)])
 def test_each_field_of_a_pair_is_checked(tmp_path, field, value):
     path = mine(tmp_path, [GOOD, GOOD | {field: value}])
     with pytest.raises(ValueError) as error:
