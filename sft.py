@@ -27,7 +27,6 @@ Reads a JSONL file of pairs (see annotate.py) and a model's folder or name. Writ
 vLLM read it, log.jsonl (one row a step), checkpoints/. The same command run again continues from the last checkpoint.
 """
 import argparse
-import functools
 import json
 import math
 import os
@@ -111,24 +110,6 @@ class Head(torch.nn.Linear):
         return super().forward(hidden) if tokens is None else TokenLogps.apply(hidden, self.weight, tokens, entropy)
 
 
-def text_after_video(rope_index, input_ids, mm_token_type_ids, *args, attention_mask=None, **grids):
-    """
-    Positions as Qwen2.5-VL was trained and as vLLM has them: text goes on after the LARGEST position before it. transformers 5.19
-    leaves out how long a video lasts, and the text that follows gets the positions of its frames.
-    """
-    positions, deltas = rope_index(input_ids, mm_token_type_ids, *args, attention_mask=attention_mask, **grids)  # (3, B, T), (B, 1)
-    if grids.get("video_grid_thw") is None:
-        return positions, deltas
-    for row in range(len(input_ids)):
-        at = torch.arange(input_ids.shape[1], device=input_ids.device) if attention_mask is None else attention_mask[row].nonzero()[:, 0]
-        types, own = mm_token_type_ids[row, at], positions[:, row, at]  # (t,), (3, t)
-        for end in (types[1:] == 0).logical_and(types[:-1] != 0).nonzero()[:, 0].tolist():  # the last token of a picture or video
-            own[:, end + 1:] += own[:, :end + 1].max() + 1 - own[0, end + 1]
-        positions[:, row, at] = own
-        deltas[row] = own.max() + 1 - len(at)
-    return positions, deltas
-
-
 class Policy(torch.nn.Module):
     """A model of transformers (`.model`) and, for the baselines of Table 5, a reward head (`.head`) on the last token."""
 
@@ -136,7 +117,6 @@ class Policy(torch.nn.Module):
         super().__init__()
         self.model, self.kind = model, kind
         self.model.lm_head.__class__ = Head
-        self.model.base_model.get_rope_index = functools.partial(text_after_video, self.model.base_model.get_rope_index)
         width = model.config.get_text_config().hidden_size
         self.head = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.SiLU(), torch.nn.Linear(width, 1)) if kind else None
 
@@ -246,13 +226,13 @@ def save_policy(policy, processor, folder, rank=0):
         dist.barrier()
 
 
-def gathered(parameters, write=False):
-    """Under ZeRO-3 the whole of these parameters inside the block, on every rank; else nothing to do. write: what rank 0 makes of them stays."""
+def gathered(parameters):
+    """Under ZeRO-3 the whole of these parameters inside the block, on every rank; else nothing to do."""
     import contextlib
     if not any(hasattr(p, "ds_id") for p in parameters):
         return contextlib.nullcontext()
     import deepspeed
-    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if write else None)
+    return deepspeed.zero.GatheredParameters(parameters)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -381,6 +361,8 @@ def make_engine(policy, zero, lr, device, weight_decay=0.0, clip_grad=1.0):
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    # A faster reduction for CPUs, compiled at run time under a lock: one killed process would leave all later ones waiting for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     cuda = device.type == "cuda"
     if cuda and zero == 0:
         raise ValueError("--zero is 0; legal on a GPU: 1, 2, 3 (DeepSpeed keeps float32 copies of bfloat16 weights from 1 on; on one GPU 1 cuts nothing)")
@@ -626,13 +608,12 @@ def generate(policy, processor, rows, max_new_tokens, budget):
     """Greedy responses by transformers: the token ids for each row, its end token included if it came."""
     model, pad, end, found = policy.model.eval(), processor.tokenizer.pad_token_id, processor.tokenizer.eos_token_id, {}
     ban = barred(processor, model.config.get_text_config().vocab_size)
-    zero3 = hasattr(next(model.parameters()), "ds_id")  # then ranks must take as many steps as the slowest
     for group in micro_batches([[row | {"number": i}] for i, row in enumerate(rows)], budget):
-        if not group and not zero3:
+        if not group:
             continue
         batch = collate(group, pad, model.device, left=True)
         ids = model.generate(**{k: batch[k] for k in INPUTS if k in batch}, max_new_tokens=max_new_tokens, do_sample=False, temperature=None,
-                             top_p=None, top_k=None, repetition_penalty=1.0, suppress_tokens=ban, eos_token_id=end, pad_token_id=pad, synced_gpus=zero3)
+                             top_p=None, top_k=None, repetition_penalty=1.0, suppress_tokens=ban, eos_token_id=end, pad_token_id=pad)
         for row, new in zip(group, ids[:, batch["input_ids"].shape[1]:].tolist()):
             found[row["number"]] = new[:new.index(end) + 1] if end in new else new
     return [found[i] for i in range(len(rows))]
@@ -640,29 +621,34 @@ def generate(policy, processor, rows, max_new_tokens, budget):
 
 @torch.no_grad()
 def validate(engine, processor, pairs, context, budget, max_new_tokens):
-    """{"val_loss", "val_accuracy", ...} over all ranks. Without a head also val_format, both from greedy judgements."""
+    """
+    {"val_loss", "val_accuracy", ...} over all ranks; without a head also val_format, both from greedy judgements. ZeRO-3 would
+    gather all weights anew for each token, so there what needs generation is left to evaluate.py.
+    """
     policy, pad, end = engine.module, processor.tokenizer.pad_token_id, processor.tokenizer.eos_token_id
     device, head = policy.model.device, policy.kind
     engine.eval()
     mine = pairs[dist.get_rank()::dist.get_world_size()]
-    found = [rows_of(pair, processor, head, context) for pair in mine]
-    groups = [group for group in found if not isinstance(group, str)]
+    groups = [group for group in (rows_of(pair, processor, head, context) for pair in mine) if not isinstance(group, str)]
     sums = [0.0, 0.0, 0.0]  # of losses()
     for rows in micro_batches(groups, budget):
         sums = [a + float(b) for a, b in zip(sums, losses(engine, collate(rows, pad, device)))]
     text, pair, right, tokens, n = reduced([*sums, sum(len(row["response"]) for group in groups for row in group), len(groups)])
+    found = {"val_loss": text / max(1, tokens) + pair / max(1, n), "val_n": int(n)}
     if head == "scalar":
-        return {"val_loss": pair / max(1, n), "val_accuracy": right / max(1, n), "val_n": int(n)}
+        return found | {"val_accuracy": right / max(1, n)}
+    if engine.zero_optimization_stage() == 3:
+        return found
     if head == "critic":  # its own critiques, not the annotator's
         rows = [row | {"response": []} for group in groups for row in group]
         rows = [row | {"response": ids} for row, ids in zip(rows, generate(policy, processor, rows, max_new_tokens, budget))]
         own = [losses(engine, collate(batch, pad, device))[2] for batch in micro_batches([rows[i:i + 2] for i in range(0, len(rows), 2)], budget)]
-        return {"val_loss": text / max(1, tokens) + pair / max(1, n), "val_accuracy": reduced(sum(own)) / max(1, n), "val_n": int(n)}
+        return found | {"val_accuracy": reduced(sum(own)) / max(1, n)}
     said = generate(policy, processor, [encode(processor, messages(pair)) for pair in mine], max_new_tokens, budget)
     verdicts = [parse(processor.tokenizer.decode(ids, skip_special_tokens=True)) for ids in said]
     right, form = reduced([sum(v.choice == pair["choice"] for v, pair in zip(verdicts, mine)),
                            sum(v.well_formed and ids[-1] == end for v, ids in zip(verdicts, said))])
-    return {"val_loss": text / max(1, tokens), "val_format": form / len(pairs), "val_accuracy": right / len(pairs), "val_n": len(pairs)}
+    return found | {"val_format": form / len(pairs), "val_accuracy": right / len(pairs), "val_n": len(pairs)}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -702,7 +688,7 @@ def parser():
     g.add_argument("--save_every", type=int, default=50, help="steps between checkpoints; 0 = only the model at the end")
     g.add_argument("--tracker", default="none", choices=("none", "tensorboard", "wandb"), help="log there as well; must be installed")
     g = p.add_argument_group("system")
-    g.add_argument("--zero", type=int, default=2, choices=(0, 1, 2, 3), help="ZeRO stage; 0 only on a CPU; 3 when the weights do not fit")
+    g.add_argument("--zero", type=int, default=2, choices=(0, 1, 2, 3), help="ZeRO stage; 0 only on a CPU; 3 when the weights do not fit, and then validation does not generate")
     g.add_argument("--micro_tokens", type=int, default=16384, help="padded tokens of a micro-batch; changes speed and memory, no result")
     return p
 
