@@ -11,7 +11,7 @@ Stage 3: StableReinforce (section 3). The model judges pairs, is rewarded by Eq.
 The mathematics is in stable_reinforce.py; this file moves data. Differs from the authors' released code:
 1) the update sees the image (released: rollouts and reference do, the policy that is trained does not)
 2) log-probabilities of vLLM and of the trainer are compared at the first sync and every --check_every steps
-3) an answer cut off by --max_tokens is a failure of format; nothing that failed earns (released: an exception earns 1)
+3) an answer cut off by --max_new_tokens is a failure of format; nothing that failed earns (released: an exception earns 1)
 Where the paper is silent: 4) samples are shuffled before they are cut into mini-batches; 5) AdamW (0.9, 0.95), no weight
 decay, constant rate after --warmup steps; 6) k1 as a KL penalty stands in the reward (Reinforce++), k2 and k3 in the loss.
 
@@ -277,7 +277,7 @@ def advantages_of(rows, rewards, args):
 def loss_function(args):
     """(loss(logp, old, adv, mask, norm=), what norm counts)."""
     _, loss, mean = ALGORITHMS[args.algo]
-    options = {"stable_reinforce": dict(clip=args.clip or None, eps=args.eps, eps_high=args.eps_high), "dr_grpo": dict(eps=args.eps, max_tokens=args.max_tokens),
+    options = {"stable_reinforce": dict(clip=args.clip or None, eps=args.eps, eps_high=args.eps_high), "dr_grpo": dict(eps=args.eps, max_tokens=args.max_new_tokens),
                "dapo": {k: v for k, v in (("eps", args.eps), ("eps_high", args.eps_high)) if v is not None}, "cispo": dict(eps_high=args.eps_high or 4.0),
                "topr": {}, "rloo": {}}.get(args.algo, dict(eps=args.eps))
     return functools.partial(loss, **options), mean
@@ -310,7 +310,7 @@ def train_step(engine, rows, loss, mean, args, pad, device, lr, sums, top):
                 sums[name] += float(v) * n  # shares and means of this micro-batch, weighted by its tokens
         return value
 
-    return update(engine, micro_batches([[row] for row in rows], args.token_budget), loss_of, lr)
+    return update(engine, micro_batches([[row] for row in rows], args.micro_tokens), loss_of, lr)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -338,8 +338,8 @@ def check(engine, trainer, processor, pairs, args, device, rank):
     seeds = [seed_of("check", i) for i in range(len(pairs))]
 
     def compare(name):
-        rows = rollout(engine, processor, pairs, prompts, seeds, 1, 1.0, min(64, args.max_tokens))
-        mean, worst = mismatch(trainer, processor, rows, device, args.token_budget)
+        rows = rollout(engine, processor, pairs, prompts, seeds, 1, 1.0, min(64, args.max_new_tokens))
+        mean, worst = mismatch(trainer, processor, rows, device, args.micro_tokens)
         table.append((name, reduced(len(rows)), mean, worst))
 
     def shake(scale):
@@ -380,7 +380,7 @@ def held_out(engine, processor, pairs, args):
     prompts = [prompt(processor, pair) for pair in pairs]
     out = {}
     for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        rows = rollout(engine, processor, pairs, prompts, [seed_of("eval", pair["id"]) for pair in pairs], 1, temperature, args.max_tokens)
+        rows = rollout(engine, processor, pairs, prompts, [seed_of("eval", pair["id"]) for pair in pairs], 1, temperature, args.max_new_tokens)
         right, form, ones, n = reduced([sum(result_reward(r["text"], r["pair"]["choice"]) for r in rows), sum(format_reward(r["text"]) for r in rows),
                                         sum(parse(r["text"]).choice == 1 for r in rows), len(rows)])
         out |= {f"eval_{name}": right / max(1, n), f"eval_{name}_format": form / max(1, n), f"eval_{name}_says_1": ones / max(1, n)}
@@ -436,11 +436,11 @@ def permutation(n, seed, epoch):
 
 
 def validate(args, world):
-    samples, share = args.rollout_batch * args.n, world // args.tp * (2 if args.both_orders else 1)
+    samples, share = args.rollout_batch * args.n, world // args.tensor_parallel * (2 if args.both_orders else 1)
     if samples % args.train_batch:
         raise ValueError(f"--train_batch is {args.train_batch}; legal: a divisor of --rollout_batch * --n = {samples}")
-    if world % args.tp or args.rollout_batch % share:
-        raise ValueError(f"--rollout_batch is {args.rollout_batch}, --tp {args.tp} on {world} ranks; legal: tp divides the ranks, "
+    if world % args.tensor_parallel or args.rollout_batch % share:
+        raise ValueError(f"--rollout_batch is {args.rollout_batch}, --tensor_parallel {args.tensor_parallel} on {world} ranks; legal: tp divides the ranks, "
                          f"and ranks / tp{' * 2 orders' if args.both_orders else ''} divides the batch")
     if args.clip and args.clip <= 1 or args.sigma < 0:
         raise ValueError(f"--clip is {args.clip}, --sigma {args.sigma}; legal: clip above 1, sigma above 0, each 0 for off")
@@ -475,9 +475,9 @@ def parser():
     add("--engine", choices=["vllm", "hf"], default="vllm", help="who samples; hf is slow and needs no vLLM")
     add("--rollout_batch", type=int, default=256, help="pairs a step, over all ranks (256 in the paper)")
     add("--n", type=int, default=1, help="judgements a pair (1 in the paper; the group algorithms need more)")
-    add("--max_tokens", type=int, default=1024, help="longest judgement, tokens; cut off = failure of format (ours)")
-    add("--max_len", type=int, default=4096, help="longest prompt and judgement together, tokens (ours)")
-    add("--tp", type=int, default=1, help="tensor parallel size of vLLM: that many ranks share one engine")
+    add("--max_new_tokens", type=int, default=1024, help="longest judgement, tokens; cut off = failure of format (ours)")
+    add("--context", type=int, default=4096, help="longest prompt and judgement together, tokens (ours)")
+    add("--tensor_parallel", type=int, default=1, help="tensor parallel size of vLLM: that many ranks share one engine")
     add("--memory", type=float, default=0.5, help="share of a GPU's memory for vLLM while it is awake")
     add = p.add_argument_group("reward (Eq. 1, Eq. 2)").add_argument
     add("--consistency_weight", type=float, default=0.5, help="lambda of Table 7 (0.5 in the paper)")
@@ -500,9 +500,9 @@ def parser():
     add("--steps", type=int, default=0, help="rollouts; 0 = as --passes gives")
     add("--lr", type=float, default=1e-6, help="learning rate (1e-6 in the paper)")
     add("--warmup", type=int, default=0, help="optimizer steps of linear warm-up (ours)")
-    add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient (ours)")
+    add("--clip_grad", type=float, default=1.0, help="largest norm of the gradient (ours)")
     add("--zero", type=int, choices=[0, 1, 2, 3], default=2, help="DeepSpeed ZeRO stage; 3 for models that do not fit")
-    add("--token_budget", type=int, default=16384, help="padded tokens a micro-batch; changes memory and speed, never the gradient")
+    add("--micro_tokens", type=int, default=16384, help="padded tokens a micro-batch; changes memory and speed, never the gradient")
     add = p.add_argument_group("log, checks, checkpoints").add_argument
     add("--eval_every", type=int, default=10, help="steps between held-out accuracies, with --eval_data")
     add("--save_every", type=int, default=20, help="steps between checkpoints; 0 = only at the end")
@@ -518,8 +518,8 @@ def prepare(args, rank, world, device):
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     options = dict(attn=args.attn, min_pixels=args.min_pixels, max_pixels=args.max_pixels, dtype=dtype)
     policy, processor = load_policy(args.model, recompute=args.recompute, freeze_vision=args.freeze_vision, **options)
-    engine = VLLM(args.model, processor, device, rank // args.tp, args.tp, args.max_len, args.memory) if args.engine == "vllm" else None
-    trainer = make_engine(policy, args.zero, args.lr, device, clip_grad=args.grad_clip)
+    engine = VLLM(args.model, processor, device, rank // args.tensor_parallel, args.tensor_parallel, args.context, args.memory) if args.engine == "vllm" else None
+    trainer = make_engine(policy, args.zero, args.lr, device, clip_grad=args.clip_grad)
     reference = load_policy(args.model, **options)[0].to(device).eval().requires_grad_(False) if args.kl_coef else None
     return engine or HF(policy, processor, device), trainer, processor, reference
 
@@ -530,10 +530,10 @@ def old_logps(rows, later, trainer, reference, args, pad, device):
         for row in rows:
             row["old"] = torch.tensor(row["sampled"], device=device)
     else:
-        for row, logp in zip(later, logps_of(trainer, later, pad, device, args.token_budget)):
+        for row, logp in zip(later, logps_of(trainer, later, pad, device, args.micro_tokens)):
             row["old"] = logp
     if reference:
-        for row, logp in zip(rows, logps_of(reference, rows, pad, device, args.token_budget)):
+        for row, logp in zip(rows, logps_of(reference, rows, pad, device, args.micro_tokens)):
             row["reference"] = logp
 
 
@@ -561,7 +561,7 @@ def main():
     args = p.parse_args()
     rank, world, device = setup(args.seed)
     validate(args, world)
-    out, group, groups = Path(args.out), rank // args.tp, world // args.tp
+    out, group, groups = Path(args.out), rank // args.tensor_parallel, world // args.tensor_parallel
     pairs = read_pairs(args.data)
     held = read_pairs(args.eval_data, args.eval_n) if args.eval_data else []
     held = [swap(pair) if seed_of("order", i) % 2 else pair for i, pair in enumerate(held)]  # a coin: neither order is the rule
@@ -602,16 +602,16 @@ def main():
         places, mine, prompts = zip(*coming.result())
         coming = loader.submit(shown, step + 1)
         lap("data")
-        rows = rollout(engine, processor, mine, prompts, [seed_of(args.seed, step, i) for i in places], args.n, 1.0, args.max_tokens)
+        rows = rollout(engine, processor, mine, prompts, [seed_of(args.seed, step, i) for i in places], args.n, 1.0, args.max_new_tokens)
         for i, row in enumerate(rows):
             row |= {"group": places[i // args.n], "place": places[0] * args.n + i}
-        if args.tp > 1:  # the ranks of one engine sampled the same: each trains on its part
+        if args.tensor_parallel > 1:  # the ranks of one engine sampled the same: each trains on its part
             unit = args.n * (2 if args.both_orders else 1)
-            rows = [row for row in rows if row["place"] // unit % args.tp == rank % args.tp]
+            rows = [row for row in rows if row["place"] // unit % args.tensor_parallel == rank % args.tensor_parallel]
         lap("rollout")
         checked = {}
         if args.engine == "vllm" and args.check_every and (step == first + 1 or step % args.check_every == 0):
-            checked = dict(zip(("mismatch", "mismatch_max"), mismatch(trainer, processor, rows, device, args.token_budget)))
+            checked = dict(zip(("mismatch", "mismatch_max"), mismatch(trainer, processor, rows, device, args.micro_tokens)))
             assert_same(*checked.values(), device, step)
             lap("check")
         engine.sleep()
