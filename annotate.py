@@ -895,10 +895,10 @@ def draw(path, tries, lengths):
         left.barh(names, shares, left=[done[s] for s in names], color=colour, label="failed" if k == 4 else f"{k}")
         done.update(dict(zip(names, shares)))
         if lengths[k]:
-            right.hist(lengths[k], bins=40, histtype="step", color=colour, density=True, label=f"{k}")
+            right.hist(lengths[k], bins=40, histtype="step", color=colour, density=True)
     left.set(xlabel="share of pairs", title="attempts until the verdict was right")
     right.set(xlabel="characters", yticks=[], title="length of the reasoning, by attempts")
-    left.legend(loc="lower left")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=120, metadata={"Software": None})
     pyplot.close(figure)
 
@@ -938,7 +938,7 @@ def parser():
     g = p.add_argument_group("data")
     g.add_argument("--data", type=source, nargs="+", action="extend", required=True, metavar="NAME=PATH",
                    help=f"sources: {', '.join(SOURCES)}; PATH: the download's folder, one of its files, or hub:owner/name@revision")
-    g.add_argument("--others", type=at_least(0), default=100_000, help="pairs drawn from what is not MM-RLHF; that is taken whole (section 3.2)")
+    g.add_argument("--others", type=at_least(0), default=100_000, help="pairs drawn from all but MM-RLHF, which is taken whole (section 3.2)")
     g.add_argument("--limit", type=at_least(1), help="only so many pairs, of the whole mix at random; default: all")
     g.add_argument("--seed", type=int, default=0, help="of the sample, the order, and which answer is shown first")
     g.add_argument("--both_orders", action="store_true", help="each pair also with its answers swapped; marks contradicted pairs (ours)")

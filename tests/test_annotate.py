@@ -386,11 +386,11 @@ def test_with_every_fault_in_30_of_100_calls_nothing_is_lost(whole, tmp_path):
     """Retries are no attempts: the same pairs.jsonl, to the byte, as from a server without faults."""
     flags = [word for name, p in FAULTS.items() for word in (f"--p_{name}", p)]
     with annotator() as it:
-        toy(it.url, tmp_path / "well", "--limit", "200")
+        toy(it.url, tmp_path / "well", "--limit", "120")
     with annotator(*flags, "--hang", "20", "--retry_after", "0.2") as it:
-        toy(it.url, tmp_path / "ill", "--limit", "200", "--timeout", "1")
+        toy(it.url, tmp_path / "ill", "--limit", "120", "--timeout", "1")
         stats = it.stats
-    assert all(stats["faults"][name] for name in FAULTS) and sum(stats["faults"].values()) > 50
+    assert all(stats["faults"][name] for name in FAULTS) and sum(stats["faults"].values()) > 35
     for name in MADE:
         assert (tmp_path / "ill" / name).read_bytes() == (tmp_path / "well" / name).read_bytes(), name
 
