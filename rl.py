@@ -218,7 +218,7 @@ def rewards_or_stop(finish, save):
         found, dead = None, problem
     if reduced(float(dead is not None), "max"):
         save()
-        sys.exit(f"rl.py: stopped, with a checkpoint: {dead or 'the judge of another rank is dead'}")
+        sys.exit(f"{Path(sys.argv[0]).name}: stopped, with a checkpoint: {dead or 'the judge of another rank is dead'}")
     return found
 
 
@@ -396,16 +396,18 @@ def keep_rows(path, step):
         os.replace(part, path)
 
 
-def curves(folder):
+PANELS = {"rewards": ["result", "consistency", "format"], "held-out accuracy": ["eval_greedy", "eval_sampled"], "length, tokens": ["length", "length_max"],
+          "loss": ["loss"], "entropy": ["entropy"], "largest |log ratio| before pre-clip": ["log_ratio_max"],
+          "share of tokens": ["preclipped", "clipped_low", "clipped_high"], "share of judgements": ["filtered", "truncated"]}
+
+
+def curves(folder, panels=PANELS):
     """log.jsonl -> curves.png, as Fig. 2 and 4: rewards, lengths, the loss and what the two safeguards did."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     rows = [row for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "reward" in row]
-    panels = {"rewards": ["result", "consistency", "format"], "held-out accuracy": ["eval_greedy", "eval_sampled"], "length, tokens": ["length", "length_max"],
-              "loss": ["loss"], "entropy": ["entropy"], "largest |log ratio| before pre-clip": ["log_ratio_max"],
-              "share of tokens": ["preclipped", "clipped_low", "clipped_high"], "share of judgements": ["filtered", "truncated"]}
     figure, axes = plt.subplots(2, 4, figsize=(16, 6.5), layout="constrained")
     for axis, (title, names) in zip(axes.flat, panels.items()):
         for name in names:
@@ -453,19 +455,10 @@ def validate(args, world):
 # ---------------------------------------------------------------------------------------------------
 
 
-def parser():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@")
-    p.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
-    add = p.add_argument_group("data").add_argument
-    add("--data", help="JSONL of pairs (annotate.py's rl.jsonl: those the annotator needed two attempts for, or failed)")
-    add("--eval_data", help="JSONL of held-out pairs; none = no held-out accuracy")
-    add("--eval_n", type=int, default=500, help="the first so many of them")
-    add("--out", default="out/rl", help="folder to write; the same command continues from its last checkpoint")
-    add("--seed", type=int, default=0, help="of the order of the pairs and of every sample")
-    add("--both_orders", action="store_true", help="beyond the paper: each pair also with its answers swapped, in the same batch")
-    add("--order_bonus", type=float, default=0.5, help="with --both_orders: reward for each of two judgements that are both right")
+def loop_flags(p):
+    """Those of the parts that downstream_grpo.py imports."""
     add = p.add_argument_group("model").add_argument
-    add("--model", default="out/sft", help="folder or hub name of the policy after the cold start")
+    add("--model", default="out/sft", help="folder or hub name of the policy to train")
     add("--attn", default="sdpa", help="attention of the trainer: sdpa, flash_attention_2, eager")
     add("--min_pixels", type=int, help="smallest image, pixels; none = as the model's processor has it")
     add("--max_pixels", type=int, help="largest image, pixels; none = as the model's processor has it")
@@ -473,16 +466,12 @@ def parser():
     add("--recompute", action="store_true", help="gradient checkpointing: less memory, a third more compute")
     add = p.add_argument_group("rollout").add_argument
     add("--engine", choices=["vllm", "hf"], default="vllm", help="who samples; hf is slow and needs no vLLM")
-    add("--rollout_batch", type=int, default=256, help="pairs a step, over all ranks (256 in the paper)")
-    add("--n", type=int, default=1, help="judgements a pair (1 in the paper; the group algorithms need more)")
-    add("--max_new_tokens", type=int, default=1024, help="longest judgement, tokens; cut off = failure of format (ours)")
+    add("--rollout_batch", type=int, default=256, help="pairs (in stage 5 tasks) a step, over all ranks (256 in the paper)")
+    add("--n", type=int, default=1, help="judgements a pair, answers a task (1 and 8 in the paper; the group algorithms need more)")
+    add("--max_new_tokens", type=int, default=1024, help="longest sample, tokens; a judgement cut off fails in format, an answer loses (ours)")
     add("--context", type=int, default=4096, help="longest prompt and judgement together, tokens (ours)")
     add("--tensor_parallel", type=int, default=1, help="tensor parallel size of vLLM: that many ranks share one engine")
     add("--memory", type=float, default=0.5, help="share of a GPU's memory for vLLM while it is awake")
-    add = p.add_argument_group("reward (Eq. 1, Eq. 2)").add_argument
-    add("--consistency_weight", type=float, default=0.5, help="lambda of Table 7 (0.5 in the paper)")
-    add("--reward_form", choices=["gated", "external"], default="gated", help="gated: Eq. 2; external: Eq. 1")
-    Judge.add_flags(p.add_argument_group("judge"))
     add = p.add_argument_group("StableReinforce").add_argument
     add("--algo", choices=list(ALGORITHMS), default="stable_reinforce", help="the neighbours of appendix B bring their own statistics and loss")
     add("--clip", type=float, default=1e3, help="delta of the pre-clip: ratios stay within [1/delta, delta] (1e3 in the paper); 0 = off")
@@ -503,6 +492,24 @@ def parser():
     add("--clip_grad", type=float, default=1.0, help="largest norm of the gradient (ours)")
     add("--zero", type=int, choices=[0, 1, 2, 3], default=2, help="DeepSpeed ZeRO stage; 3 for models that do not fit")
     add("--micro_tokens", type=int, default=16384, help="padded tokens a micro-batch; changes memory and speed, never the gradient")
+
+
+def parser():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@")
+    p.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    add = p.add_argument_group("data").add_argument
+    add("--data", help="JSONL of pairs (annotate.py's rl.jsonl: those the annotator needed two attempts for, or failed)")
+    add("--eval_data", help="JSONL of held-out pairs; none = no held-out accuracy")
+    add("--eval_n", type=int, default=500, help="the first so many of them")
+    add("--out", default="out/rl", help="folder to write; the same command continues from its last checkpoint")
+    add("--seed", type=int, default=0, help="of the order of the pairs and of every sample")
+    add("--both_orders", action="store_true", help="beyond the paper: each pair also with its answers swapped, in the same batch")
+    add("--order_bonus", type=float, default=0.5, help="with --both_orders: reward for each of two judgements that are both right")
+    add = p.add_argument_group("reward (Eq. 1, Eq. 2)").add_argument
+    add("--consistency_weight", type=float, default=0.5, help="lambda of Table 7 (0.5 in the paper)")
+    add("--reward_form", choices=["gated", "external"], default="gated", help="gated: Eq. 2; external: Eq. 1")
+    Judge.add_flags(p.add_argument_group("judge"))
+    loop_flags(p)
     add = p.add_argument_group("log, checks, checkpoints").add_argument
     add("--eval_every", type=int, default=10, help="steps between held-out accuracies, with --eval_data")
     add("--save_every", type=int, default=20, help="steps between checkpoints; 0 = only at the end")
