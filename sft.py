@@ -27,6 +27,7 @@ Reads a JSONL file of pairs (see annotate.py) and a model's folder or name. Writ
 vLLM read it, log.jsonl (one row a step), checkpoints/. The same command run again continues from the last checkpoint.
 """
 import argparse
+import functools
 import json
 import math
 import os
@@ -110,6 +111,24 @@ class Head(torch.nn.Linear):
         return super().forward(hidden) if tokens is None else TokenLogps.apply(hidden, self.weight, tokens, entropy)
 
 
+def text_after_video(rope_index, input_ids, mm_token_type_ids, *args, attention_mask=None, **grids):
+    """
+    Positions as Qwen2.5-VL was trained and as vLLM has them: text goes on after the LARGEST position before it. transformers 5.19
+    leaves out how long a video lasts, and the text that follows gets the positions of its frames.
+    """
+    positions, deltas = rope_index(input_ids, mm_token_type_ids, *args, attention_mask=attention_mask, **grids)  # (3, B, T), (B, 1)
+    if grids.get("video_grid_thw") is None:
+        return positions, deltas
+    for row in range(len(input_ids)):
+        at = torch.arange(input_ids.shape[1], device=input_ids.device) if attention_mask is None else attention_mask[row].nonzero()[:, 0]
+        types, own = mm_token_type_ids[row, at], positions[:, row, at]  # (t,), (3, t)
+        for end in (types[1:] == 0).logical_and(types[:-1] != 0).nonzero()[:, 0].tolist():  # the last token of a picture or video
+            own[:, end + 1:] += own[:, :end + 1].max() + 1 - own[0, end + 1]
+        positions[:, row, at] = own
+        deltas[row] = own.max() + 1 - len(at)
+    return positions, deltas
+
+
 class Policy(torch.nn.Module):
     """A model of transformers (`.model`) and, for the baselines of Table 5, a reward head (`.head`) on the last token."""
 
@@ -117,6 +136,7 @@ class Policy(torch.nn.Module):
         super().__init__()
         self.model, self.kind = model, kind
         self.model.lm_head.__class__ = Head
+        self.model.base_model.get_rope_index = functools.partial(text_after_video, self.model.base_model.get_rope_index)
         width = model.config.get_text_config().hidden_size
         self.head = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.SiLU(), torch.nn.Linear(width, 1)) if kind else None
 
