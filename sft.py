@@ -246,13 +246,13 @@ def save_policy(policy, processor, folder, rank=0):
         dist.barrier()
 
 
-def gathered(parameters):
-    """Under ZeRO-3 the whole of these parameters inside the block, on every rank; else nothing to do."""
+def gathered(parameters, write=False):
+    """Under ZeRO-3 the whole of these parameters inside the block, on every rank; else nothing to do. write: what rank 0 makes of them stays."""
     import contextlib
     if not any(hasattr(p, "ds_id") for p in parameters):
         return contextlib.nullcontext()
     import deepspeed
-    return deepspeed.zero.GatheredParameters(parameters)
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if write else None)
 
 
 # ---------------------------------------------------------------------------------------------------
