@@ -1,4 +1,5 @@
 # make setup   a virtual environment in .venv, for the GPU if there is one, else for the CPU
+# make toy     the whole pipeline on the toy world, two CPU cores, about ten minutes
 # make test    every test
 # Needs Python 3.11 or newer and make, nothing else. make setup PYTHON=/path/to/python chooses another Python.
 
@@ -8,7 +9,10 @@ ifndef PYTHON
 PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do $$p -c '$(RIGHT)' 2>/dev/null && echo $$p && exit; done; echo python3)
 endif
 
-.PHONY: setup test
+.PHONY: setup test toy
+
+toy: setup
+	toy/run.sh
 
 test: setup
 	$(VENV)/bin/python -m pytest -q

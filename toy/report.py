@@ -1,0 +1,75 @@
+"""
+The end of `make toy`: one table of the toy run, base model, cold start and reinforcement learning side by side, with what is
+planted in the toy world said beside it.
+
+$ python toy/report.py --out out/toy
+"""
+import argparse
+import json
+import os
+import platform
+from pathlib import Path
+
+PLANTED = """What is planted: the stand-in annotator's reasonings come in four manners (hasty 55 %, careful 20 %, verbose 10 %, inconsistent 15 %; the
+hasty ones oftener where the question counts). Hasty ones do not look at the picture. So most of what reinforcement learning gains here is that
+it finds the better manner, and a model made to begin carefully is about as good without it. The consistency judge is a rule behind HTTP."""
+MODELS = {"base": "base model", "sft": "cold start (SFT)", "rl": "StableReinforce"}
+
+
+def processor():
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def lines_of(out):
+    """(names of the lines, rows): a row a benchmark and model, overall accuracy of each line, the better answer first and second."""
+    rows, names = [], []
+    for key, label in MODELS.items():
+        path = out / f"eval-{key}" / "results.json"
+        if not path.exists():
+            continue
+        for bench, r in json.loads(path.read_text())["benches"].items():
+            values = {name: line["overall"] for name, line in r["lines"].items()}
+            names += [name for name in values if name not in names]
+            rows.append((bench, r["about"]["rows"], label, values))
+    return names, sorted(rows, key=lambda row: row[0])  # stable: base, SFT, RL stay in their order
+
+
+def training(folder, keys):
+    """{key: (its first value, its last)} of a log."""
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] if (folder / "log.jsonl").exists() else []
+    found = {}
+    for key in keys:
+        values = [row[key] for row in rows if row.get(key) is not None]
+        if values:
+            found[key] = (values[0], values[-1])
+    return found
+
+
+def parser():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out", default="out/toy", help="folder of the run; report.md is written there")
+    return p
+
+
+def main():
+    out = Path(parser().parse_args().out)
+    names, rows = lines_of(out)
+    text = ["# R1-Reward on the toy world", "", "Accuracy, percent, each pair shown in both orders, half of the samples in each; 95 % interval.", "",
+            "| benchmark | rows | model | " + " | ".join(names) + " |", "|---|---:|---|" + "---:|" * len(names)]
+    cell = lambda v: "" if v is None or v[0] is None else f"{v[0]:.1f} [{v[1]:.1f}, {v[2]:.1f}]"
+    text += [f"| {bench} | {n} | {label} | " + " | ".join(cell(values.get(name)) for name in names) + " |" for bench, n, label, values in rows]
+    text += ["", PLANTED, "", "| training | first | last |", "|---|---:|---:|"]
+    for folder, keys in (("sft", ("val_loss", "val_format", "val_accuracy")),
+                         ("rl", ("reward", "result", "consistency", "format", "length", "eval_greedy", "eval_sampled"))):
+        text += [f"| {folder}: {key} | {a:.3f} | {b:.3f} |" for key, (a, b) in training(out / folder, keys).items()]
+    done = sorted((out / "done").glob("*"), key=lambda path: path.stat().st_mtime)
+    text += ["", "| stage | seconds |", "|---|---:|", *(f"| {path.name} | {path.read_text().strip()} |" for path in done),
+             f"| all | {sum(int(path.read_text()) for path in done)} |", "", f"{os.cpu_count()} cores, {processor()}, Python {platform.python_version()}.", "",
+             f"Figures: {out}/rl/curves.png, {out}/eval-rl/scaling.png. Judgements to read: {out}/eval-rl/page.html."]
+    (out / "report.md").write_text("\n".join(text) + "\n")
+    print("\n".join(text) + f"\n\n{out}/report.md")
+
+
+if __name__ == "__main__":
+    main()
