@@ -426,7 +426,7 @@ def shown_pairs(pairs, step, args):
     for i in range(step * count, (step + 1) * count):
         order = permutation(len(pairs), args.seed, i // len(pairs))
         pair = pairs[order[i % len(pairs)]]
-        batch += [pair, swap(pair)][:unit]
+        batch += [pair, swap(pair)] if args.both_orders else [pair]
     return batch
 
 
