@@ -48,9 +48,11 @@ import time
 from collections import Counter, defaultdict, deque, namedtuple
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
-from annotate import JUDGING_PROMPT, Unusable, as_sent, at_least, check_pair, each_pair, frames, located_lines, locate, messages, table_rows, turn
+from annotate import (JUDGING_PROMPT, Unusable, as_sent, at_least, check_pair, each_pair, frames, located_lines, locate, messages,
+                      table_rows, turn)
 from stable_reinforce import parse
 
 # ---------------------------------------------------------------------------------------------------
@@ -116,15 +118,17 @@ PUBLISHED = {  # rows of each group
     "MM-RLHF-RewardBench": {"category": {"mcq": 42, "long": 37, "short": 34, "safety": 32, "video": 25}}}
 
 
-def bench_rows(name, path, out, group):
+def bench_rows(name, path, out, group="source"):
     """The rows of one benchmark; pictures inside a table are written to out/media once."""
     if name == "pairs":  # the project's own format; its columns are the values of one field
         yield from (pair | {"groups": {group: str(pair.get(group))}, "set": None} for pair in each_pair(path))
         return
+    blank = lambda text: isinstance(text, str) and not text.strip()
     read, patterns = BENCHMARKS[name]
     for number, (where, r) in enumerate(table_rows(path, patterns)):
+        folder = os.path.dirname(where.rpartition(", ")[0])  # of the file, from which its paths go on
         try:
-            id, question, responses, choice, seen, groups = read(r, os.path.dirname(where.rpartition(", ")[0]))  # paths are from the file's folder
+            id, question, responses, choice, seen, groups = read(r, folder)
         except (LookupError, TypeError, AttributeError) as problem:
             raise Unusable(f"{where} is not as rows of {name} are ({problem!r}); see {read.__name__}() in evaluate.py") from None
         for i, data in enumerate(seen["images"]):
@@ -135,8 +139,10 @@ def bench_rows(name, path, out, group):
                     part = file.with_suffix(f".{os.getpid()}")
                     part.write_bytes(data)
                     part.rename(file)
-        row = {"id": str(id), "source": name, "question": question, **seen, "responses": responses, "choice": choice, "attempts": None, "annotation": None}
-        check_pair(row | {"responses": [r or "-" for r in responses]}, where)  # an empty answer is a benchmark's to have: it is only counted
+        row = {"id": str(id), "source": name, "question": question, **seen, "responses": responses, "choice": choice,
+               "attempts": None, "annotation": None}
+        # an empty answer, which no pair may have, is a benchmark's to have: check_data counts it
+        check_pair(row | {"responses": ["-" if blank(text) else text for text in responses]}, where)
         yield row | {"groups": groups, "set": str(id) if name == "MM-RLHF-RewardBench" else None}
 
 
@@ -145,18 +151,18 @@ def read_rows(args):
     kept = Path(args.out, "rows.jsonl")
     if not args.bench:
         if not kept.is_file():
-            raise Unusable(f"{kept}: no such file, so no run has been here; give --bench NAME=FILE, or the --out of a run")
+            raise Unusable(f"{kept}: no such file, so no run has been here; give --bench NAME=PATH, or the --out of a run")
         rows = [row for _, _, row in located_lines(kept)]
         return {bench: [row for row in rows if row["bench"] == bench] for bench in dict.fromkeys(row["bench"] for row in rows)}
     benches = {}
     for name, path in args.bench:
-        found = enumerate(bench_rows(name, path, args.out, args.group))
-        rows = benches[name] = [row | {"bench": name, "row": i, "set": row["set"] or str(i)} for i, row in found][:args.limit]  # deviation 4
+        found = islice(bench_rows(name, path, args.out, args.group), args.limit)
+        rows = benches[name] = [row | {"bench": name, "row": i, "set": row["set"] or str(i)} for i, row in enumerate(found)]  # deviation 4
         files = [p for row in rows for p in row["images"] + (row["video"] or [])]
         missing = [p for p in files if not os.path.isfile(p)]
         if missing or not rows:
-            raise Unusable(f"{path}: {len(missing)} of {len(files)} images are missing, the first is {missing[0]}; legal: paths from the folder "
-                           "of the benchmark's file" if rows else f"{path} has no rows")
+            raise Unusable(f"{path}: {len(missing)} of {len(files)} images are missing, the first is {missing[0]}; paths go on from the "
+                           "folder of the benchmark's file" if rows else f"{path} has no rows")
     return benches
 
 
@@ -185,16 +191,17 @@ def check_data(bench, rows):
             notes.append("note: the published file has " + ", ".join(f"{g} {n}" for g, n in published.items()))
     first = sum(row["choice"] == 1 for row in rows)
     if first in (0, len(rows)):
-        notes.append(f"note: in this file the {'better' if first else 'worse'} answer is the first of every row; --orders dataset shows it so")
+        notes.append(f"note: in this file the {'better' if first else 'worse'} answer always stands first; --orders dataset shows it so")
     repeated = len(rows) - len({(row["question"], *row["responses"], *row["images"]) for row in rows})
-    empty = sum("" in row["responses"] for row in rows)
-    notes += [f"note: {repeated} rows repeat another one"] * (repeated > 0) + [f"note: {empty} rows have an empty answer"] * (empty > 0)
+    empty = sum(not all(text.strip() for text in row["responses"]) for row in rows)
+    notes += [f"note: {n} rows {what}" for n, what in ((repeated, "repeat another one"), (empty, "have an empty answer")) if n]
     if bench == "Multimodal-RewardBench":  # its script joins prompts by row number to data sets that have changed since
         kinds = defaultdict(list)
         for row in rows:
             kinds[re.split(r"[-_\d]", row["id"])[0]].append(row)
-        z = {kind: fits(its) for kind, its in sorted(kinds.items())}
-        notes += [f"WARNING: the {k} questions do not seem to belong to their answers (z = {v:.1f}); join them anew" for k, v in z.items() if v and v < 2]
+        for kind, its in sorted(kinds.items()):
+            if (z := fits(its)) is not None and z < 2:
+                notes.append(f"WARNING: the {kind} questions do not seem to belong to their answers (z = {z:.1f}); join them anew")
     return notes
 
 
@@ -217,7 +224,8 @@ def read_judgements(folder):
             except (ValueError, TypeError, KeyError) as problem:
                 raise Unusable(f"{path}, line {number} is no judgement ({problem!r}); legal: {', '.join(FIELDS)}") from None
             if wrong or where(j) in done:
-                raise Unusable(f"{path}, line {number}: {wrong[0] if wrong else f'{where(j)} is there already'}; remove that line to have it made again")
+                why = wrong[0] if wrong else f"{where(j)} is there already"
+                raise Unusable(f"{path}, line {number}: {why}; remove that line to have it made again")
             done[where(j)] = j
     return done
 
@@ -239,13 +247,14 @@ class Journal:
         self.file.flush()
 
 
-MADE_BY = ("model", "base_url", "scores", "temperature", "max_new_tokens", "max_pixels", "early_stop", "seed")  # what a judgement depends on
+# the flags that a judgement depends on
+MADE_BY = ("model", "base_url", "scores", "temperature", "max_new_tokens", "max_pixels", "early_stop", "seed")
 
 
 def settle(args, benches, done, rank=0):
     """Keeps rows and configuration beside the judgements. Two configurations never meet in one file; another --samples or --orders may."""
     digest = lambda *parts: hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-    config = {k: v for k, v in vars(args).items() if k in MADE_BY} | {"samples": args.samples, "orders": args.orders, "prompt": digest(JUDGING_PROMPT)}
+    config = {k: vars(args)[k] for k in (*MADE_BY, "samples", "orders")} | {"prompt": digest(JUDGING_PROMPT)}
     config["rows"] = {b: [digest(r["id"], r["question"], r["responses"], r["choice"]) for r in rows] for b, rows in benches.items()}
     path = Path(args.out, "config.json")
     if path.is_file() and done:
@@ -257,7 +266,8 @@ def settle(args, benches, done, rank=0):
             differs += [f"{bench} has other rows"] * (then[:n] != now[:n])
         if differs:
             raise Unusable(f"--out {args.out} holds another run: {'; '.join(differs)}. Choose another folder, or the same settings")
-    for name, lines in (("config.json", [config]), ("rows.jsonl", [row for rows in benches.values() for row in rows])) if rank == 0 else ():
+    rows = [row for its in benches.values() for row in its]
+    for name, lines in (("config.json", [config]), ("rows.jsonl", rows)) if rank == 0 else ():
         part = Path(args.out, f"{name}.part")
         part.write_text("".join(json.dumps(line) + "\n" for line in lines))
         part.rename(Path(args.out, name))
@@ -373,10 +383,10 @@ def output_of(text, tokens=0, finish="stop", logp1=None, logp2=None):
             "finish": "length" if finish == "length" else "stop"}
 
 
-def engine(args):
-    """vLLM in this process: images are read ahead by threads, and each is processed once for all samples of a job."""
-    # The ranks of torchrun have nothing to tell each other: each has an engine, and GPUs, of its own.
-    torchrun = {k: os.environ.pop(k) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if k in os.environ}
+def load_vllm(args):
+    """(engine, processor, the ids of "1" and "2"). The ranks of torchrun need not meet: each has an engine, and GPUs, of its own."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    torchrun = {k: os.environ.pop(k) for k in names if k in os.environ}
     if torchrun:
         shown = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(64)))).split(",")
         first = int(torchrun["LOCAL_RANK"]) * args.tensor_parallel
@@ -385,14 +395,13 @@ def engine(args):
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     special = {}
     if not torch.cuda.is_available():
-        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")}  # GiB
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
         # on a CPU a seeded request whose prompt is read in pieces stops the engine
-        special = dict(enforce_eager=True, dtype="float32", enable_chunked_prefill=False, max_num_batched_tokens=max(8192, args.max_model_len))
+        special = dict(enforce_eager=True, dtype="float32", enable_chunked_prefill=False,
+                       max_num_batched_tokens=max(8192, args.max_model_len))
     from transformers import AutoProcessor
-    from vllm import LLM, SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    from sft import read_media
+    from vllm import LLM
 
     processor = AutoProcessor.from_pretrained(args.model)
     if args.max_pixels:
@@ -400,23 +409,35 @@ def engine(args):
     digits = [processor.tokenizer.encode(d, add_special_tokens=False) for d in "12"]
     if any(len(d) != 1 for d in digits):
         raise Unusable(f"--model {args.model}: its tokens of 1 and 2 are {digits}; legal: a model to which a digit is one token, as Qwen's")
-    llm = LLM(args.model, max_model_len=args.max_model_len, tensor_parallel_size=args.tensor_parallel, limit_mm_per_prompt={"image": 16, "video": 1},
-              **special).llm_engine
+    llm = LLM(args.model, max_model_len=args.max_model_len, tensor_parallel_size=args.tensor_parallel,
+              limit_mm_per_prompt={"image": 16, "video": 1}, **special)
     os.environ |= torchrun
+    return llm.llm_engine, processor, [d[0] for d in digits]
+
+
+def engine(args):
+    """vLLM in this process: images are read ahead by threads, and each is processed once for all samples of a job."""
+    llm, processor, digits = load_vllm(args)
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    from sft import read_media
 
     def request(job):
         turns = messages(job.row, job.order)
         images, videos, about = read_media(processor, turns)  # already in the size that the model sees
         data = {"image": images} if images else {}
-        data |= {"video": [(v.permute(0, 2, 3, 1).numpy().astype("uint8"), m | {"do_sample_frames": False}) for v, m in zip(videos, about)]} if videos else {}
-        params = SamplingParams(n=job.count, temperature=args.temperature, max_tokens=args.max_new_tokens, seed=seed_of(job, args),
-                                logprob_token_ids=[d[0] for d in digits], flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY)
+        if videos:
+            frames = [video.permute(0, 2, 3, 1).numpy().astype("uint8") for video in videos]
+            data["video"] = [(f, m | {"do_sample_frames": False}) for f, m in zip(frames, about)]
         prompt = {"prompt": processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)}
-        return prompt | ({"multi_modal_data": data, "mm_processor_kwargs": {"do_resize": False}} if data else {}), params
+        prompt |= {"multi_modal_data": data, "mm_processor_kwargs": {"do_resize": False}} if data else {}
+        return prompt, SamplingParams(n=job.count, temperature=args.temperature, max_tokens=args.max_new_tokens, seed=seed_of(job, args),
+                                      logprob_token_ids=digits, flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY)
 
     def output(c):
         at = verdict_at(len(c.token_ids), lambda t: processor.tokenizer.decode([c.token_ids[t]]), c.text)
-        logps = () if at is None else [float(c.logprobs[at][d[0]].logprob) for d in digits]
+        logps = () if at is None else [float(c.logprobs[at][digit].logprob) for digit in digits]
         return output_of(c.text, len(c.token_ids), c.finish_reason, *logps)
 
     def answers(jobs):
@@ -424,13 +445,14 @@ def engine(args):
         with ThreadPoolExecutor(4) as pool:
             while jobs or ahead or flying:
                 while jobs and len(ahead) < 64:
-                    ahead.append((jobs[0], pool.submit(request, jobs.popleft())))
+                    job = jobs.popleft()
+                    ahead.append((job, pool.submit(request, job)))
                 while ahead and sum(job.count for job in flying.values()) < 512:  # the engine runs 256 at a time
                     job, ready = ahead.popleft()
                     try:
                         llm.add_request(str(number), *ready.result())
                     except (ValueError, OSError) as problem:
-                        raise Unusable(f"{job.row['bench']} row {job.row['row']}: {problem}; if it is too long: --max_model_len, --max_pixels") from None
+                        raise Unusable(f"{job.row['bench']} row {job.row['row']}: {problem}. If it is too long: --max_model_len") from None
                     flying[str(number)], number = job, number + 1
                 for finished in llm.step():
                     yield flying.pop(finished.request_id), [output(c) for c in finished.outputs]
@@ -449,20 +471,22 @@ def endpoint(args):
         try:
             reply = client.chat.completions.create(model=args.model, messages=shown, temperature=args.temperature, seed=seed,
                                                    max_completion_tokens=args.max_new_tokens, **more)
-            choice, used = reply.choices[0], reply.usage
-            text, pieces = choice.message.content or "", (choice.logprobs.content if choice.logprobs else None) or []
+            choice, text = reply.choices[0], reply.choices[0].message.content or ""
+            pieces = (choice.logprobs.content if choice.logprobs else None) or []
+            tokens = reply.usage.completion_tokens if reply.usage else len(pieces)
         except (openai.APIStatusError, openai.APIConnectionError) as refused:
             if more and "logprobs" in str(refused):
                 extra.clear()  # it has none to give
                 return one(shown, seed, tries)
             raise Unusable(f"--base_url {args.base_url}: {refused}") from None
-        except (openai.APIResponseValidationError, ValueError, AttributeError, IndexError, TypeError):  # no completion: a page of HTML, half a body
+        # what is no completion: a page of HTML, no choices, half a body
+        except (openai.APIResponseValidationError, ValueError, AttributeError, IndexError, TypeError):
             if not tries:
                 raise
             return one(shown, seed, tries - 1)
         at = verdict_at(len(pieces), lambda t: pieces[t].token, text)
         seen = {} if at is None else {option.token.strip(): float(option.logprob) for option in pieces[at].top_logprobs[::-1]}
-        return output_of(text, used.completion_tokens if used else len(pieces), choice.finish_reason, seen.get("1"), seen.get("2"))
+        return output_of(text, tokens, choice.finish_reason, seen.get("1"), seen.get("2"))
 
     def ask(job):
         shown = as_sent(messages(job.row, job.order), args.max_pixels or 2**62, max_frames=32)
@@ -484,18 +508,20 @@ def endpoint(args):
 
 
 def rewarded(reward):
-    """The backend of a function [row, ...] -> [((r1, r2), text), ...]: the higher reward is the verdict, in either order; equal ones are none."""
+    """The backend of a function [row, ...] -> [((r1, r2), text), ...]: the higher reward is the verdict; equal ones are none."""
     def answers(jobs):
         known = {}
         while jobs:
             now = [jobs.popleft() for _ in range(min(len(jobs), 64))]
-            new = {(job.row["bench"], job.row["row"]): job.row for job in now if (job.row["bench"], job.row["row"]) not in known}
+            at = lambda job: (job.row["bench"], job.row["row"])
+            new = {at(job): job.row for job in now if at(job) not in known}  # a row is scored once for both orders
             known |= zip(new, reward(list(new.values())))
             for job in now:
-                (a, b), text = known[job.row["bench"], job.row["row"]]
+                (a, b), text = known[at(job)]
                 a, b = (b, a) if job.order else (a, b)
                 whole = max(a, b) + math.log1p(math.exp(-abs(a - b)))
-                yield job, [output_of(text, 0, "stop", a - whole, b - whole) | {"choice": None if a == b else 1 if a > b else 2}] * job.count
+                choice = None if a == b else 1 if a > b else 2
+                yield job, [output_of(text, 0, "stop", a - whole, b - whole) | {"choice": choice}] * job.count
     return answers
 
 
@@ -681,7 +707,7 @@ class Tally:
                 counts[-1][better - 1, kind] += 1
                 tokens[-1][better - 1, kind] += j["tokens"]
                 logps = [-math.inf if p is None else p for p in (j["logp1"], j["logp2"])]
-                self.votes[-1].append((kind, logps[better - 1], logps[2 - better]))  # log-probability of the right verdict, of the wrong one
+                self.votes[-1].append((kind, logps[better - 1], logps[2 - better]))  # log-probability of right, of wrong
         self.counts, self.tokens = np.array(counts).reshape(-1, 2, 3), np.array(tokens).reshape(-1, 2, 3)
         self.n, self.orders = (args.samples, 2 if args.orders == "both" else 1) if not args.early_stop else (1, 1)
         self.sides = [tuple(tuple(map(int, c)) for c in row if c.sum()) for row in self.counts]  # of the orders there are
@@ -739,11 +765,12 @@ def weighted(tally):
 
 def groups_of(rows):
     """{grouping: [group, ...]}, in the published order, then others."""
-    return {g: [*dict.fromkeys([*PUBLISHED.get(rows[0]["bench"], {}).get(g, ()), *sorted({row["groups"][g] for row in rows})])] for g in rows[0]["groups"]}
+    published = PUBLISHED.get(rows[0]["bench"], {})
+    return {g: list(dict.fromkeys([*published.get(g, ()), *sorted({row["groups"][g] for row in rows})])) for g in rows[0]["groups"]}
 
 
 def scored(values, rows, weights):
-    """A line (V, R), each row counted so many times, (W, R) -> {column: (W,)} in percent: overall, Acc+, each grouping's macro and groups."""
+    """A line (V, R), with rows counted so many times, (W, R) -> {column: (W,)} in percent: overall, Acc+, groups and their macro."""
     import numpy as np
 
     there = ~np.isnan(values).any(0)
@@ -758,7 +785,8 @@ def scored(values, rows, weights):
             out["Acc+"] = 100 * weights[:, heads] @ np.nan_to_num(whole) / (weights[:, heads] @ ~np.isnan(whole))
         for grouping, groups in groups_of(rows).items():
             parts = {g: share(there & np.array([row["groups"][grouping] == g for row in rows])) for g in groups}
-            counted = [p for g, p in parts.items() if g in PUBLISHED.get(rows[0]["bench"], {}).get(grouping, parts) and not np.isnan(p[0])]
+            columns = PUBLISHED.get(rows[0]["bench"], {}).get(grouping, parts)  # toxicity is in none
+            counted = [p for g, p in parts.items() if g in columns and not np.isnan(p[0])]
             out[f"{grouping}: macro"] = np.mean(counted, 0) if counted else np.full(len(weights), np.nan)
             out |= {f"{grouping}: {g}": p for g, p in parts.items()}
     return out
@@ -777,14 +805,16 @@ def resamples(rows, times=1000, seed=0):
 def interval(values):
     """[value, low, high] at 95 %, of the rows as they are and resampled."""
     import numpy as np
-    return [None] * 3 if np.isnan(values[0]) else [round(float(v), 3) for v in (values[0], *np.nanpercentile(values[1:], (2.5, 97.5)))]
+    found = (values[0], *np.nanpercentile(values[1:], (2.5, 97.5))) if not np.isnan(values[0]) else ()
+    return [round(float(v), 3) for v in found] or [None] * 3
 
 
 def doubts(text):
     """Does the reasoning go back on itself (C.6)? By telltale words: a hint where to look, no measurement."""
     said = text.lower()
-    return any(words in said for words in ("wait,", "wait.", "wait:", "wait!", "re-read", "reread", "re-check", "recheck", "re-exam", "reexam", "re-eval",
-                                           "reconsider", "recalculat", "second thought", "look again", "made a mistake", "correct myself"))
+    return any(words in said for words in (
+        "wait,", "wait.", "wait:", "wait!", "re-read", "reread", "re-check", "recheck", "re-exam", "reexam", "re-eval", "reconsider",
+        "recalculat", "second thought", "look again", "made a mistake", "correct myself"))
 
 
 def about(tally, args):
@@ -797,7 +827,8 @@ def about(tally, args):
     flips = (a * (1 - b) + b * (1 - a))[~np.isnan(a + b)]
     out = {"rows": len(tally.rows), "rows left out, not judged to the end": tally.missing, "judgements": len(tally.used),
            "says 1": share([j["choice"] == 1 for j in tally.used if j["choice"]]), "flips with the order": share(flips),
-           "no verdict": share([j["choice"] is None for j in tally.used]), "truncated": share([j["finish"] == "length" for j in tally.used]),
+           "no verdict": share([j["choice"] is None for j in tally.used]),
+           "truncated": share([j["finish"] == "length" for j in tally.used]),
            "doubts itself": share([doubts(j["text"]) for j in tally.used]),
            "tokens a judgement": round(float(np.mean([j["tokens"] for j in tally.used])), 1),
            "verdicts without log-probability": sum(bool(j["choice"]) and j["logp1"] is None and j["logp2"] is None for j in tally.used)}
@@ -818,17 +849,24 @@ def evaluate(bench, rows, done, args):
     """Every number of one benchmark, and its lines as {name: {row: (V,)}}."""
     tally = Tally(rows, done, args)
     result = {"check": check_data(bench, rows), "about": {"rows": 0, "rows left out, not judged to the end": tally.missing},
-              "groups": {g: dict(Counter(row["groups"][g] for row in tally.rows)) for g in rows[0]["groups"]}, "lines": {}, "scaling": {}}
+              "groups": {g: dict(Counter(row["groups"][g] for row in tally.rows)) for g in rows[0]["groups"]},
+              "lines": {}, "scaling": {}}
     if not tally.rows:
         return result, {}
     weights, values = resamples(tally.rows), lines(tally, args)
     result["lines"] = {name: {c: interval(v) for c, v in scored(line, tally.rows, weights).items()} for name, line in values.items()}
     result["about"] = about(tally, args)
     for k in range(1, tally.n + 1) if tally.n > 2 else ():
-        ways = {"vote": lambda c, ks: vote(c, ks)[0], "any": any_right}
-        result["scaling"][k] = {name: interval(scored(tally.line(f, shares(tally.orders, k)), tally.rows, weights)["overall"]) for name, f in ways.items()}
-        result["scaling"][k]["any of a coin"] = 100 * (1 - 0.5**k)
-    return result, {name: {(row["row"], row["id"], row["choice"]): v for row, v in zip(tally.rows, line.T)} for name, line in values.items()}
+        result["scaling"][k] = {"any of a coin": 100 * (1 - 0.5**k)}
+        for name, f in (("vote", lambda c, ks: vote(c, ks)[0]), ("any", any_right)):
+            line = tally.line(f, shares(tally.orders, k))
+            result["scaling"][k][name] = interval(scored(line, tally.rows, weights)["overall"])
+    return result, {name: dict(zip(map(key_of, tally.rows), line.T)) for name, line in values.items()}
+
+
+def key_of(row):
+    """What makes a row of two runs the same."""
+    return row["row"], row["id"], row["question"], *row["responses"], row["choice"]
 
 
 def compare(rows, mine, other):
@@ -837,11 +875,10 @@ def compare(rows, mine, other):
 
     out = {}
     for name in [name for name in mine if name in other and name not in TRIVIAL]:
-        key = lambda row: (row["row"], row["id"], row["choice"])
-        shared = [row for row in rows if key(row) in mine[name] and key(row) in other[name]]
+        shared = [row for row in rows if key_of(row) in mine[name] and key_of(row) in other[name]]
         if shared:
             weights = resamples(shared)
-            a, b = (scored(np.array([run[name][key(row)] for row in shared]).T, shared, weights) for run in (mine, other))
+            a, b = (scored(np.array([run[name][key_of(row)] for row in shared]).T, shared, weights) for run in (mine, other))
             p = lambda d: max(0.001, min(1.0, 2 * float(min((d <= 0).mean(), (d >= 0).mean()))))  # two-sided
             out[name] = {"rows": len(shared)} | {c: [*interval(a[c] - b[c]), p(a[c][1:] - b[c][1:])] for c in a}
     return out
@@ -852,16 +889,19 @@ def compare(rows, mine, other):
 
 TRIVIAL = ("always 1", "longer answer", "shorter answer", "coin")
 FIRST, OWN = "better answer always first", "benchmark's protocol"
-PAPER = {  # percent of (line, protocol), in the order of the columns: R1-Reward and the best of the others
+PAPER = {  # bench: (columns, {(line, protocol): percent in the order of the columns}); R1-Reward and the best of the others
     "VL-RewardBench": (("overall", "paper: macro", "paper: general", "paper: hallucination", "paper: reasoning",
                         "benchmark: macro", "benchmark: general", "benchmark: hallucination", "benchmark: reasoning"), {
-        ("R1-Reward", FIRST): (71.92, 71.44, 63.84, 85.71, 64.78), ("R1-Reward, voting@15", FIRST): (76.46, 76.36, 66.32, 89.06, 73.70),
+        ("R1-Reward", FIRST): (71.92, 71.44, 63.84, 85.71, 64.78),
+        ("R1-Reward, voting@15", FIRST): (76.46, 76.36, 66.32, 89.06, 73.70),
         ("Gemini-1.5-Pro", OWN): (67.20, None, None, None, None, 62.50, 50.80, 72.50, 64.20)}),
     "Multimodal-RewardBench": (("columns: macro", *(f"columns: {g}" for g in PUBLISHED["Multimodal-RewardBench"]["columns"])), {
-        ("R1-Reward", FIRST): (82.2, 77.5, 74.0, 74.9, 83.1, 79.6, 99.6, 86.5), ("Gemini 1.5 Pro", OWN): (71.9, 63.5, 67.7, 66.3, 68.9, 55.5, 94.5, 87.2),
-        ("R1-Reward, voting@15", FIRST): (83.3, 78.0, 77.2, 74.6, 81.3, 85.8, 99.4, 87.0)}),
+        ("R1-Reward", FIRST): (82.2, 77.5, 74.0, 74.9, 83.1, 79.6, 99.6, 86.5),
+        ("R1-Reward, voting@15", FIRST): (83.3, 78.0, 77.2, 74.6, 81.3, 85.8, 99.4, 87.0),
+        ("Gemini 1.5 Pro", OWN): (71.9, 63.5, 67.7, 66.3, 68.9, 55.5, 94.5, 87.2)}),
     "MM-RLHF-RewardBench": (("overall", "Acc+", *(f"category: {g}" for g in PUBLISHED["MM-RLHF-RewardBench"]["category"])), {
-        ("R1-Reward", FIRST): (80.59, 54.35, 80.95, 89.19, 82.35, 75.00, 72.00), ("R1-Reward, voting@15", FIRST): (86.47, 67.39, 83.33, 97.30, 91.18, 78.12, 80.00),
+        ("R1-Reward", FIRST): (80.59, 54.35, 80.95, 89.19, 82.35, 75.00, 72.00),
+        ("R1-Reward, voting@15", FIRST): (86.47, 67.39, 83.33, 97.30, 91.18, 78.12, 80.00),
         ("Claude-3.7-Sonnet", "order not stated"): (82.35, 65.22, 66.67, 91.89, 91.18, 87.50, 76.00)})}
 
 
@@ -869,10 +909,11 @@ def table(results):
     """results.json -> Markdown."""
     args, out = results["args"], [f"# {results['args']['scores'] or results['args']['model']}", ""]
     for bench, r in results["benches"].items():
-        out += [f"## {bench}: {r['about']['rows']} rows, {args['samples']} judgements a row at temperature {args['temperature']:g}, orders: {args['orders']}", ""]
+        made = f"{args['samples']} judgements a row at temperature {args['temperature']:g}"
+        out += [f"## {bench}: {r['about']['rows']} rows, {made}, orders: {args['orders']}", ""]
         if args["orders"] == "chosen_first":
-            out += ["**WARNING: the better answer is always shown first. A model that always says 1 has 100 % here (line `always 1`); --orders both "
-                    "has no such reward for it.**", ""]
+            out += ["**WARNING: the better answer is always shown first. A model that always says 1 has 100 % here (line `always 1`); "
+                    "with --orders both it has 50 %.**", ""]
         if not r["lines"]:
             out += ["No row has all its judgements yet.", ""]
             continue
@@ -883,12 +924,14 @@ def table(results):
         out += [f"| {name} | " + " | ".join(cell(c, line[c]) for c in columns) + " |" for name, line in r["lines"].items()]
         names, published = PAPER.get(bench, ((), {}))
         for (name, protocol), numbers in published.items():
-            there = dict(zip(names, numbers))
-            out.append(f"| *{name} (in the paper; {protocol})* | " + " | ".join("" if there.get(c) is None else f"{there[c]:.2f}" for c in columns) + " |")
-        out += ["", "Percent, with 95 % intervals over rows. " + "; ".join(f"{k}: {v}" for k, v in r["about"].items() if v is not None) + ".", ""]
-        out += [f"- {note}" for note in r["check"]]
-        out += [f"- {name}, against {args['compare']}, {d['rows']} rows: {d['overall'][0]:+.2f} points [{d['overall'][1]:+.2f}, {d['overall'][2]:+.2f}], "
-                f"p = {d['overall'][3]:.3g}" for name, d in r.get("compared", {}).items()] + [""]
+            there = {c: f"{v:.2f}" for c, v in zip(names, numbers) if v is not None}
+            out.append(f"| *{name} (in the paper; {protocol})* | " + " | ".join(there.get(c, "") for c in columns) + " |")
+        about = "; ".join(f"{k}: {v}" for k, v in r["about"].items() if v is not None)
+        out += ["", f"Percent, with 95 % intervals over rows. {about}.", "", *(f"- {note}" for note in r["check"])]
+        for name, d in r.get("compared", {}).items():
+            change, low, high, p = d["overall"]
+            out.append(f"- {name}, against {args['compare']}: {change:+.2f} points [{low:+.2f}, {high:+.2f}], p = {p:.3g}, on {d['rows']} rows")
+        out.append("")
     return "\n".join(out)
 
 
@@ -935,7 +978,8 @@ def page(path, title, items, blind):
     """One HTML file that needs no network: evaluate.html with the items in it. blind: the page of the vote."""
     text = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     data = json.dumps({"title": title, "blind": blind, "items": items}).replace("<", "\\u003c")  # no text ends the script
-    Path(path).write_text(text.replace("<title></title>", f"<title>{html.escape(title)}</title>").replace("/*DATA*/null", data), encoding="utf-8")
+    text = text.replace("<title></title>", f"<title>{html.escape(title)}</title>").replace("/*DATA*/null", data)
+    Path(path).write_text(text, encoding="utf-8")
 
 
 def page_items(benches, done, limit):
@@ -961,7 +1005,8 @@ def blind_vote(benches, done, other, args):
     for number, at in enumerate(list({at[:2]: at for at in shared}.values())[:args.page]):  # one judgement a row
         row, ours = rows[at[:2]], rng.choice(("left", "right"))
         sides = [reasoning(run[at]) for run in ((done, other) if ours == "left" else (other, done))]
-        items.append({"item": number, "question": row["question"], "responses": row["responses"][::-1 if at[2] else 1], "images": shown(row), "sides": sides})
+        items.append({"item": number, "question": row["question"], "responses": row["responses"][::-1 if at[2] else 1],
+                      "images": shown(row), "sides": sides})
         key.append(ours)
     if not items:
         raise Unusable("--ab: the two runs share no judgement; legal: runs on the same benchmarks, in the same orders")
@@ -982,7 +1027,8 @@ def tally_votes(key, files):
         out[str(path)] = share(list(said.values()))
         for i, v in said.items():
             everyone[i].append(v)
-    return out | {"majority": share([next((v for v in ("win", "loss") if said.count(v) * 2 > len(said)), "tie") for said in everyone.values()])}
+    majority = lambda said: next((v for v in ("win", "loss") if said.count(v) * 2 > len(said)), "tie")
+    return out | {"majority": share([majority(said) for said in everyone.values()])}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1019,7 +1065,8 @@ class Judge:
             (1 - 2 * j["order"]) * (j["logp1"] - j["logp2"]) for j in said if None not in (j["choice"], j["logp1"], j["logp2"]))
         choice = None if lean == 0 else 1 if lean > 0 else 2
         reasoning = next((j["text"] for j, p in zip(said, found) if p and p == choice), "")
-        return Judged(choice, found.count(choice) / len(found) if choice else 0.0, (found.count(1), found.count(2), found.count(None)), reasoning)
+        votes = tuple(map(found.count, (1, 2, None)))
+        return Judged(choice, votes[choice - 1] / len(found) if choice else 0.0, votes, reasoning)
 
     def rank(self, question, images, answers):
         """Every answer against every other one, in both orders; no verdict is half a point for either."""
@@ -1047,19 +1094,20 @@ def parser():
     p.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)  # a file of flags: several on a line, # begins a comment
     g = p.add_argument_group("data")
     g.add_argument("--bench", nargs="+", type=bench_file, default=[], metavar="NAME=PATH",
-                   help=f"benchmarks, each a file or folder as its authors give it; NAME: {', '.join(BENCHMARKS)}, pairs; none = those of the run in --out")
+                   help=f"files or folders as their authors give them; {', '.join(BENCHMARKS)}, pairs; none = those of the run in --out")
     g.add_argument("--limit", type=at_least(1), help="the first so many rows of each benchmark; none = all")
     g.add_argument("--group", default="source", help="the field of a file of pairs whose values are the columns of its table")
     g = p.add_argument_group("model")
-    g.add_argument("--model", default="out/rl", help="folder or name on the hub, of a judge or with a reward head of sft.py; with --base_url a name there")
+    g.add_argument("--model", default="out/rl", help="folder or name on the hub, of a judge or with a reward head of sft.py; a server's name")
     g.add_argument("--base_url", help="an OpenAI-compatible server; none = vLLM in this process")
-    g.add_argument("--scores", metavar="FILE", help="no model: rewards made elsewhere, a JSON line a row: bench, row, scores of the two responses")
+    g.add_argument("--scores", metavar="FILE", help="rewards made elsewhere instead: JSON lines of bench, row, scores of both responses")
     g.add_argument("--concurrency", type=at_least(1), default=32, help="requests to a server at a time")
     g = p.add_argument_group("judgements")
     g.add_argument("--orders", choices=("both", "dataset", "chosen_first"), help="half of the samples in each order (default), "
                    "or all as the file lists the answers, or all with the better answer first (the released protocol)")
     g.add_argument("--samples", type=at_least(1), help="samples a row, over both orders together; default 16; 15 and 16 in the paper")
-    g.add_argument("--temperature", type=at_least(0, float), default=1.0, help="1 in C.5; 0 = greedy, as the paper's main results: one sample an order")
+    g.add_argument("--temperature", type=at_least(0, float), default=1.0,
+                   help="1 in C.5; 0 = greedy, as the paper's main results: one sample an order")
     g.add_argument("--max_new_tokens", type=at_least(1), default=4096, help="of a judgement; longer ones are truncated, which is counted")
     g.add_argument("--max_pixels", type=at_least(1), help="of an image; larger ones are reduced; none = the model's own bound")
     g.add_argument("--early_stop", action="store_true", help="a row ends after three equal answers in a row, at most --samples (C.10)")
@@ -1072,7 +1120,7 @@ def parser():
     g.add_argument("--ab", metavar="OUT", help="another run's folder: write ab.html, on which people vote between the two, blind")
     g.add_argument("--tally", nargs="+", metavar="VOTES", help="files saved from ab.html: print Table 9")
     g = p.add_argument_group("system")
-    g.add_argument("--max_model_len", type=at_least(1), default=16384, help="tokens of prompt and judgement together that vLLM makes room for")
+    g.add_argument("--max_model_len", type=at_least(1), default=16384, help="tokens of prompt and judgement together, for vLLM")
     g.add_argument("--tensor_parallel", type=at_least(1), default=1, help="GPUs that share one copy of the model")
     return p
 

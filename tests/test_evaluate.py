@@ -181,7 +181,7 @@ def test_the_data_check_sees_answers_of_other_questions(toy, tmp_path):
     benches = ev.read_rows(args_of(*flags(toy, "--out", tmp_path)))
     notes = "\n".join(ev.check_data(VL, benches[VL]))
     assert "benchmark: general 16, hallucination 38, reasoning 16" in notes and "the published file has general 183" in notes
-    assert any("the better answer is the first of every row" in note for note in ev.check_data(RLHF, benches[RLHF]))
+    assert any("the better answer always stands first" in note for note in ev.check_data(RLHF, benches[RLHF]))
 
 
 def test_an_empty_answer_of_a_benchmark_is_kept_and_counted():
@@ -758,7 +758,7 @@ def test_vllm_judges_and_its_log_probabilities_are_transformers(judge_model, toy
             cut = encoded | {"response": encoded["response"][:at] + [digit]}
             with torch.no_grad():
                 worst = max(worst, abs(policy.eval()(sft.collate([cut], processor.tokenizer.pad_token_id))["logp"][0, -1].item() - j[key]))
-    assert 0 < worst < 1e-3
+    assert 0 < worst < 1e-4  # float32 on both sides; images, videos and texts
 
 
 # ---------------------------------------------------------------------------------------------------
