@@ -53,7 +53,8 @@ def parser():
 
 
 def main():
-    out = Path(parser().parse_args().out)
+    args = parser().parse_args()
+    out = Path(args.out)
     names, rows = lines_of(out)
     text = ["# R1-Reward on the toy world", "", "Accuracy, percent, each pair shown in both orders, half of the samples in each; 95 % interval.", "",
             "| benchmark | rows | model | " + " | ".join(names) + " |", "|---|---:|---|" + "---:|" * len(names)]
