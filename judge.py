@@ -38,7 +38,8 @@ Verdict: Response {choice} is better.
 
 Does the reasoning lead to this verdict? Answer yes or no."""
 WORDS = 100  # of the reasoning's end: the conclusion is there, and a prefix of thousands of tokens is not paid for
-BETTER = re.compile(r"(?:response|answer) ([12]) (?:is|was|seems|would be|remains) (?:\w+ )?(?:better|preferred|preferable|superior|stronger|best)", re.I)
+BETTER = re.compile(r"(?:response|answer) ([12]) (?:is|was|seems|would be|remains) (?:\w+ )?"
+                    r"(?:better|preferred|preferable|superior|stronger|best)", re.I)
 
 
 def question(text):
@@ -56,8 +57,10 @@ def rule(text):
     """
     --judge rule: 1 if the last response that the reasoning calls better is the verdict's, 0 if another or none.
 
-    >>> rule("<think>Response 1 is better? No: Response 2 is clearly better.</think><answer>2</answer>"), rule("<think></think><answer>2</answer>")
-    (1, 0)
+    >>> rule("<think>Response 1 is better? No: Response 2 is clearly better.</think><answer>2</answer>")
+    1
+    >>> rule("<think></think><answer>2</answer>")
+    0
     """
     choice, think, _ = parse(text)
     return int(BETTER.findall(think)[-1:] == [str(choice)])
@@ -79,7 +82,8 @@ class Judge:
     def add_flags(group):
         add = group.add_argument
         add("--judge", choices=["model", "rule", "random", "none"], default="model", help="who judges consistency; all but model are for C.11")
-        add("--judge_url", default="http://127.0.0.1:8000/v1", help="OpenAI-compatible endpoint of the judge; its key, where one is needed, in OPENAI_API_KEY")
+        add("--judge_url", default="http://127.0.0.1:8000/v1", 
+            help="OpenAI-compatible endpoint of the judge; its key, where one is needed, in OPENAI_API_KEY")
         add("--judge_model", default="Qwen/Qwen2.5-VL-7B-Instruct", help="its name there (the paper's)")
         add("--judge_noise", type=float, default=0.0, help="share of its answers that are flipped (C.11)")
         add("--judge_concurrency", type=int, default=64, help="calls at once, for each rank")
@@ -96,7 +100,8 @@ class Judge:
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
         self.endpoint = None
         if args.judge == "model":
-            self.endpoint, self.slots = Endpoint(args.judge_url, args.judge_timeout, args.judge_retries), asyncio.Semaphore(args.judge_concurrency)
+            self.endpoint = Endpoint(args.judge_url, args.judge_timeout, args.judge_retries)
+            self.slots = asyncio.Semaphore(args.judge_concurrency)
 
     def submit(self, texts):
         return asyncio.run_coroutine_threadsafe(self.judge(texts), self.loop)
@@ -200,12 +205,13 @@ def main():
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         Path(args.out).write_text("".join(json.dumps(row | {"consistency": s}) + "\n" for row, s in zip(rows, says)), encoding="utf-8")
-    n = max(1, len(rows))
-    print(f"{len(rows)} judgements by {args.judge}: consistent {says.count(1)} ({100 * says.count(1) / n:.1f} %), not {says.count(0)}, no answer {says.count(None)}")
+    share = lambda k, n: f"{k} of {n} ({100 * k / max(1, n):.1f} %)"
+    print(f"{args.judge}: consistent {share(says.count(1), len(rows))}, not {says.count(0)}, no answer {says.count(None)}")
     labels = [(s, row["label"]) for s, row in zip(says, rows) if row.get("label") is not None]
     if labels:
-        print(f"agreement with the labels: {sum(s == label for s, label in labels)} of {len(labels)} ({100 * sum(s == label for s, label in labels) / len(labels):.1f} %)")
-    print(f"{seconds:.1f} s, {len(rows) / max(seconds, 1e-9):.1f} judgements a second; " + ", ".join(f"{k} {v}" for k, v in judge.counts.items()))
+        print(f"agreement with the labels: {share(sum(s == label for s, label in labels), len(labels))}")
+    print(f"{seconds:.1f} s, {len(rows) / max(seconds, 1e-9):.1f} judgements a second; "
+          + ", ".join(f"{k} {v}" for k, v in judge.counts.items()))
 
 
 if __name__ == "__main__":

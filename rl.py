@@ -20,7 +20,8 @@ $ torchrun --nproc_per_node=2 rl.py @toy/rl.args --clip 1e3
 One node with 4 GPUs of 80 GB, the paper's setting (not yet run at this scale), the judge behind another endpoint:
 $ torchrun --nproc_per_node=4 rl.py --clip 1e3 --data data/rl.jsonl --model out/sft --judge_url http://localhost:8000/v1 --out out/rl
 Two nodes, on each with its NODE_RANK, with folders that both see:
-$ torchrun --nnodes=2 --node_rank=$NODE_RANK --master_addr=$HOST --master_port=29500 --nproc_per_node=4 rl.py --clip 1e3 --data data/rl.jsonl --model out/sft --out out/rl
+$ torchrun --nnodes=2 --node_rank=$NODE_RANK --master_addr=$HOST --master_port=29500 --nproc_per_node=4 \
+    rl.py --clip 1e3 --data data/rl.jsonl --model out/sft --out out/rl
 Only the comparison of the two engines, before and after syncs:
 $ python rl.py --check --model out/sft --data data/rl.jsonl
 
@@ -43,11 +44,11 @@ from pathlib import Path
 
 import torch
 
-from annotate import messages, read_pairs, swap
+from annotate import Unusable, messages, read_pairs, swap
 from judge import Judge, JudgeDead
 from sft import (Log, collate, encode, gathered, header, load_checkpoint, load_policy, make_engine, micro_batches, read_media, reduced,
                  save_checkpoint, save_policy, setup, token_logps, update)
-from stable_reinforce import ALGORITHMS, KL, advantages, final_reward, format_reward, normaliser, parse, policy_loss, result_reward, returns_to_go
+from stable_reinforce import ALGORITHMS, KL, advantages, final_reward, format_reward, parse, result_reward, returns_to_go
 
 # ---------------------------------------------------------------------------------------------------
 # The rollout engines. generate(prompts, ...) -> [[sample, ...] a prompt]; a sample is {"ids", "logps", "finish"}.
@@ -94,8 +95,11 @@ class VLLM:
             # one pad an image: vLLM itself multiplies them, whatever it is given
             ids = [t for t, before in zip(row["prompt"], [None, *row["prompt"]]) if not (t in self.pads and t == before)]
             media = {"image": images} if images else {}
-            media |= {"video": [(v.permute(0, 2, 3, 1).numpy().astype("uint8"), dict(m, do_sample_frames=False)) for v, m in zip(videos, metadata)]} if videos else {}
-            asked.append({"prompt_token_ids": ids, **({"multi_modal_data": media, "mm_processor_kwargs": {"do_resize": False}} if media else {})})
+            if videos:
+                frames = [video.permute(0, 2, 3, 1).numpy().astype("uint8") for video in videos]
+                media["video"] = [(f, dict(about, do_sample_frames=False)) for f, about in zip(frames, metadata)]
+            pictures = {"multi_modal_data": media, "mm_processor_kwargs": {"do_resize": False}} if media else {}
+            asked.append({"prompt_token_ids": ids, **pictures})
         common = dict(n=n, temperature=temperature, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0, max_tokens=max_tokens, logprobs=0,
                       detokenize=False, logit_bias=self.bias, stop_token_ids=[self.eos])
         outputs = self.llm.generate(asked, [SamplingParams(seed=s, **common) for s in seeds], use_tqdm=False)
@@ -181,7 +185,8 @@ def rollout(engine, processor, pairs, prompts, seeds, n, temperature, max_tokens
             ids = sample["ids"]
             ended = ids[-1:] == [processor.tokenizer.eos_token_id]
             text = processor.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=False)
-            rows.append(row | {"pair": pair, "response": ids, "text": text, "finish": "stop" if ended else "length", "sampled": sample["logps"]})
+            rows.append(row | {"pair": pair, "response": ids, "text": text, "finish": "stop" if ended else "length",
+                               "sampled": sample["logps"]})
     return rows
 
 
@@ -277,8 +282,10 @@ def advantages_of(rows, rewards, args):
 def loss_function(args):
     """(loss(logp, old, adv, mask, norm=), what norm counts)."""
     _, loss, mean = ALGORITHMS[args.algo]
-    options = {"stable_reinforce": dict(clip=args.clip or None, eps=args.eps, eps_high=args.eps_high), "dr_grpo": dict(eps=args.eps, max_tokens=args.max_new_tokens),
-               "dapo": {k: v for k, v in (("eps", args.eps), ("eps_high", args.eps_high)) if v is not None}, "cispo": dict(eps_high=args.eps_high or 4.0),
+    options = {"stable_reinforce": dict(clip=args.clip or None, eps=args.eps, eps_high=args.eps_high),
+               "dr_grpo": dict(eps=args.eps, max_tokens=args.max_new_tokens),
+               "dapo": {k: v for k, v in (("eps", args.eps), ("eps_high", args.eps_high)) if v is not None},
+               "cispo": dict(eps_high=args.eps_high or 4.0),
                "topr": {}, "rloo": {}}.get(args.algo, dict(eps=args.eps))
     return functools.partial(loss, **options), mean
 
@@ -381,7 +388,8 @@ def held_out(engine, processor, pairs, args):
     out = {}
     for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         rows = rollout(engine, processor, pairs, prompts, [seed_of("eval", pair["id"]) for pair in pairs], 1, temperature, args.max_new_tokens)
-        right, form, ones, n = reduced([sum(result_reward(r["text"], r["pair"]["choice"]) for r in rows), sum(format_reward(r["text"]) for r in rows),
+        right, form, ones, n = reduced([sum(result_reward(r["text"], r["pair"]["choice"]) for r in rows),
+                                        sum(format_reward(r["text"]) for r in rows),
                                         sum(parse(r["text"]).choice == 1 for r in rows), len(rows)])
         out |= {f"eval_{name}": right / max(1, n), f"eval_{name}_format": form / max(1, n), f"eval_{name}_says_1": ones / max(1, n)}
     return out | {"eval_n": n}
@@ -430,6 +438,11 @@ def shown_pairs(pairs, step, args):
     return batch
 
 
+# flags that may change between a run and its continuation
+FREE = {"out", "steps", "passes", "eval_data", "eval_n", "eval_every", "save_every", "save_best", "tracker", "check", "check_every", "micro_tokens",
+        "memory", "attn", "recompute", "judge_url", "judge_concurrency", "judge_timeout", "judge_retries", "judge_patience"}
+
+
 @functools.lru_cache(2)
 def permutation(n, seed, epoch):
     order = list(range(n))
@@ -440,14 +453,14 @@ def permutation(n, seed, epoch):
 def validate(args, world):
     samples, share = args.rollout_batch * args.n, world // args.tensor_parallel * (2 if args.both_orders else 1)
     if samples % args.train_batch:
-        raise ValueError(f"--train_batch is {args.train_batch}; legal: a divisor of --rollout_batch * --n = {samples}")
+        raise Unusable(f"--train_batch is {args.train_batch}; legal: a divisor of --rollout_batch * --n = {samples}")
     if world % args.tensor_parallel or args.rollout_batch % share:
-        raise ValueError(f"--rollout_batch is {args.rollout_batch}, --tensor_parallel {args.tensor_parallel} on {world} ranks; legal: tp divides the ranks, "
+        raise Unusable(f"--rollout_batch is {args.rollout_batch}, --tensor_parallel {args.tensor_parallel} on {world} ranks; legal: tp divides the ranks, "
                          f"and ranks / tp{' * 2 orders' if args.both_orders else ''} divides the batch")
     if args.clip and args.clip <= 1 or args.sigma < 0:
-        raise ValueError(f"--clip is {args.clip}, --sigma {args.sigma}; legal: clip above 1, sigma above 0, each 0 for off")
+        raise Unusable(f"--clip is {args.clip}, --sigma {args.sigma}; legal: clip above 1, sigma above 0, each 0 for off")
     if args.engine == "hf" and (args.tis or args.old_logps == "vllm" or args.check):
-        raise ValueError("--tis, --old_logps vllm and --check compare with vLLM's log-probabilities; legal: with --engine vllm")
+        raise Unusable("--tis, --old_logps vllm and --check compare with vLLM's log-probabilities; legal: with --engine vllm")
     if samples == args.train_batch and args.epochs == 1 and args.algo == "stable_reinforce":
         print("note: one update a rollout: every ratio is 1, so neither the pre-clip nor PPO's clip can act", file=sys.stderr)
 
@@ -512,7 +525,8 @@ def parser():
     loop_flags(p)
     add = p.add_argument_group("log, checks, checkpoints").add_argument
     add("--eval_every", type=int, default=10, help="steps between held-out accuracies, with --eval_data")
-    add("--save_every", type=int, default=20, help="steps between checkpoints; 0 = only at the end")
+    add("--save_every", type=int, default=20, help="steps between checkpoints; there is one at the end; 0 = only that")
+    add("--tracker", choices=["none", "tensorboard", "wandb"], default="none", help="log there as well; it must be installed")
     add("--save_best", action="store_true", help="also keep in best/ the model of the best held-out greedy accuracy")
     add("--check", action="store_true", help="only compare vLLM's and the trainer's log-probabilities, before and after syncs")
     add("--check_every", type=int, default=20, help="steps between such comparisons in a run; the first sync always has one; 0 = never")
@@ -525,7 +539,9 @@ def prepare(args, rank, world, device):
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     options = dict(attn=args.attn, min_pixels=args.min_pixels, max_pixels=args.max_pixels, dtype=dtype)
     policy, processor = load_policy(args.model, recompute=args.recompute, freeze_vision=args.freeze_vision, **options)
-    engine = VLLM(args.model, processor, device, rank // args.tensor_parallel, args.tensor_parallel, args.context, args.memory) if args.engine == "vllm" else None
+    engine = None
+    if args.engine == "vllm":
+        engine = VLLM(args.model, processor, device, rank // args.tensor_parallel, args.tensor_parallel, args.context, args.memory)
     trainer = make_engine(policy, args.zero, args.lr, device, clip_grad=args.clip_grad)
     reference = load_policy(args.model, **options)[0].to(device).eval().requires_grad_(False) if args.kl_coef else None
     return engine or HF(policy, processor, device), trainer, processor, reference
@@ -557,15 +573,15 @@ def summary(rows, rewards, parts, kept, totals, sums, top, seconds, judge):
     of_judgements = {k: total[k] / n for k in ("result", "format", "length", "truncated", "filtered", "says_1")}
     return {"reward": total["rewards"] / n, **of_judgements, "consistency": total["consistency"] / max(1, total["asked"]),
             "loss": sum(loss for loss, _ in totals) / len(totals), "loss_max": max(loss for loss, _ in totals),
-            "grad_norm": max(norm for _, norm in totals), "skipped": sum(not math.isfinite(norm) for _, norm in totals), **{k: total[k] / tokens for k in sums if k != "tokens"}, **most,
+            "grad_norm": max(norm for _, norm in totals), "skipped": sum(not math.isfinite(norm) for _, norm in totals),
+            **{k: total[k] / tokens for k in sums if k != "tokens"}, **most,
             "judge_calls": total["calls"], "judge_failed": total["judge_failed"], "samples": total["n"],
             "seconds": sum(seconds.values()), **{f"s_{k}": v for k, v in seconds.items()},
             "tokens_per_s": total["length"] / max(1e-9, sum(seconds.values()))}
 
 
 def main():
-    p = parser()
-    args = p.parse_args()
+    args = parser().parse_args()
     rank, world, device = setup(args.seed)
     validate(args, world)
     out, group, groups = Path(args.out), rank // args.tensor_parallel, world // args.tensor_parallel
@@ -582,10 +598,14 @@ def main():
     updates = args.rollout_batch * args.n // args.train_batch
     steps = args.steps or math.ceil(args.passes * len(pairs) * (2 if args.both_orders else 1) / args.rollout_batch)
     first, state = load_checkpoint(out / "checkpoints", trainer)
-    state = state or {"best": -1.0, "skipped": 0}
+    recipe = {k: v for k, v in vars(args).items() if k not in FREE}
+    state = state or {"best": -1.0, "skipped": 0, "recipe": recipe}
+    if state["recipe"] != recipe:
+        differs = [f"--{k} {v} (there: {state['recipe'].get(k)})" for k, v in recipe.items() if v != state["recipe"].get(k)]
+        raise Unusable(f"--out {out} holds another run: {', '.join(differs)}; go on with its flags, or choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     keep_rows(out / f"rollouts-{rank}.jsonl", first)
-    log = Log(out, header(args, world, device) | {"pairs": len(pairs), "held_out": len(held)}, first, steps)
+    log = Log(out, header(args, world, device) | {"pairs": len(pairs), "held_out": len(held)}, first, steps, args.tracker)
 
     def shown(step):  # this rank's share of the global batch, as rows of the engine; read while the step before still trains
         batch = shown_pairs(pairs, step, args)
@@ -663,7 +683,7 @@ def main():
                 save_policy(policy, processor, out / "best", rank)
         keep_rollouts(out / f"rollouts-{rank}.jsonl", done, rows, rewards, parts)
         log.row(done, **summary(rows, rewards, parts, kept, totals, sums, top, seconds, judge), **checked, **scores)
-        if args.save_every and done % args.save_every == 0 and done < steps:
+        if done == steps or args.save_every and done % args.save_every == 0:
             save_checkpoint(out / "checkpoints", trainer, done, state)
 
     save_policy(policy, processor, out, rank)
@@ -674,4 +694,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (Unusable, FileNotFoundError) as problem:  # its owner can mend it: no traceback
+        sys.exit(f"rl.py: {problem}")

@@ -176,7 +176,7 @@ def test_the_script_scores_a_file_and_names_a_bad_line(tmp_path):
     data = tmp_path / "said.jsonl"
     data.write_text("".join(json.dumps({"text": t, "label": k}) + "\n" for t, k in ((AGREES, 1), (SLIPS, 1), (NOTHING, None))))
     done = run(data)
-    assert done.returncode == 0 and "consistent 1 (33.3 %), not 1, no answer 1" in done.stdout and "agreement with the labels: 1 of 2" in done.stdout
+    assert done.returncode == 0 and "consistent 1 of 3 (33.3 %), not 1, no answer 1" in done.stdout and "agreement with the labels: 1 of 2" in done.stdout
     assert [json.loads(line)["consistency"] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == [1, 0, None]
     data.write_text('{"text": "a"}\n{"text": 3}\n')
     done = run(data)

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import rl
 from annotate import swap, write_pairs
-from stable_reinforce import advantages
+from stable_reinforce import advantages, policy_loss
 from toy import model as toy_model, pretrain, world
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
@@ -205,7 +205,7 @@ def test_the_gradient_depends_on_the_pixels(world_files):
         policy.zero_grad()
         batch = rl.collate([row], 0)
         logp = rl.token_logps(policy, batch)
-        rl.policy_loss(logp, logp.detach(), row["adv"][None], batch["mask"])[0].backward()
+        policy_loss(logp, logp.detach(), row["adv"][None], batch["mask"])[0].backward()
         found.append({name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None})
     assert any("visual" in name and g.abs().max() > 0 for name, g in found[0].items())
     assert max((a - found[1][name]).abs().max() / a.abs().max().clamp_min(1e-12) for name, a in found[0].items()) > 1e-2
