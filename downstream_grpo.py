@@ -253,8 +253,8 @@ def whole(row):
 def score(rows, judge, args):
     """Asks for the duels of these rows, whole prompts. Returns finish() -> [(rewards of a prompt's rows (n,), what to log of it), ...]."""
     asked, plans = [], []
-    for start in range(0, len(rows), args.n):
-        group = rows[start:start + args.n]
+    for start in range(0, len(rows), args.samples):
+        group = rows[start:start + args.samples]
         answers = list(dict.fromkeys(map(whole, group)))
         task, pairs = group[0]["pair"], duels(len(answers), args.pairs)
         # neighbours in the queue share pictures, question and first answer: the server has their prefix in its cache
@@ -276,7 +276,7 @@ def score(rows, judge, args):
             counts = torch.bincount(torch.tensor(given))
             won = scores(p, counts, args.pairs)
             right = torch.tensor([0.0 if answer is None else exact(answer, group[0]["pair"]["answer"]) for answer in answers], dtype=torch.float64)
-            share = won[given] / (args.n - 1)
+            share = won[given] / (args.samples - 1)
             duel = [((p[a, b] + 1 - p[b, a]) / 2).item() for a, b in duels(len(answers), args.pairs) if right[a] != right[b]
                     for a, b in [(a, b) if right[a] else (b, a)]]
             ring = rank_correlation(share, scores(p, counts, "ring")[given]) if args.pairs == "all" else None
@@ -389,7 +389,7 @@ def parser():
     add("--eval_every", type=int, default=20, help="steps between held-out figures, with --eval_data")
     add("--save_every", type=int, default=20, help="steps between checkpoints; 0 = only at the end")
     add("--check_every", type=int, default=20, help="steps between comparisons of vLLM and the trainer; the first sync always has one; 0 = never")
-    p.set_defaults(model="Qwen/Qwen2.5-VL-3B-Instruct", algo="grpo", n=8, train_batch=2048, passes=1.0,  # C.9; one update a rollout (ours)
+    p.set_defaults(model="Qwen/Qwen2.5-VL-3B-Instruct", algo="grpo", samples=8, train_batch=2048, passes=1.0,  # C.9; one update a rollout (ours)
                    both_orders=False, check=False)  # what rl.py's functions look at and has no meaning here
     return p
 
@@ -398,8 +398,8 @@ def main():
     args = parser().parse_args()
     rank, world, device = setup(args.seed)
     validate(args, world)
-    if args.n < 2 or args.chunk < 1:
-        raise ValueError(f"--n is {args.n}, --chunk {args.chunk}; legal: 2 answers or more, to compare; 1 prompt or more")
+    if args.samples < 2 or args.chunk < 1:
+        raise ValueError(f"--samples is {args.samples}, --chunk {args.chunk}; legal: 2 answers or more, to compare; 1 prompt or more")
     out, tp = Path(args.out), args.tensor_parallel
     group, groups = rank // tp, world // tp
     tasks = read_tasks(args.data, out)
@@ -408,7 +408,7 @@ def main():
     policy, pad = trainer.module, processor.tokenizer.pad_token_id
     judge, loader = Duels(args, args.seed), ThreadPoolExecutor(1)
     loss, mean = loss_function(args)
-    updates = args.rollout_batch * args.n // args.train_batch
+    updates = args.rollout_batch * args.samples // args.train_batch
     steps = args.steps or math.ceil(args.passes * len(tasks) / args.rollout_batch)
     first, state = load_checkpoint(out / "checkpoints", trainer)
     state = state or {"skipped": 0}
@@ -441,9 +441,9 @@ def main():
         for at in range(0, len(batch), args.chunk):
             places, mine, prompts = zip(*batch[at:at + args.chunk])
             seeds = [seed_of(args.seed, step, place) for place in places]
-            new = rollout(engine, processor, mine, prompts, seeds, args.n, 1.0, args.max_new_tokens)
+            new = rollout(engine, processor, mine, prompts, seeds, args.samples, 1.0, args.max_new_tokens)
             for i, row in enumerate(new):
-                row |= {"group": places[i // args.n], "place": places[0] * args.n + i}
+                row |= {"group": places[i // args.samples], "place": places[0] * args.samples + i}
             new = [row for row in new if row["group"] % tp == rank % tp]  # the ranks of one engine sampled the same
             pending.append(score(new, judge, args))
             rows += new
@@ -455,7 +455,7 @@ def main():
         engine.sleep()
 
         # 4. old log-probabilities, of all but the first mini-batch
-        order = list(range(args.rollout_batch * args.n))
+        order = list(range(args.rollout_batch * args.samples))
         random.Random(f"{args.seed} {step} mini-batches").shuffle(order)
         batch_of = {place: i // args.train_batch for i, place in enumerate(order)}
         k1 = args.kl_coef and args.kl == "k1"

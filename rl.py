@@ -1,7 +1,7 @@
 """
 Stage 3: StableReinforce (section 3). The model judges pairs, is rewarded by Eq. 2, and learns from its own judgements.
 
-    1. rollout        one judgement a pair (or --n), sampled by vLLM from this very policy, at temperature 1
+    1. rollout        one judgement a pair (or --samples), sampled by vLLM from this very policy, at temperature 1
     2. score          format and result by rule, consistency by the judge model; Eq. 2 (the judge works while 4 does)
     3. advantages     z-scores over the global batch; beyond 3 sigma they are dropped
     4. old log-probs  by the trainer; those of the first mini-batch are the update's own
@@ -208,7 +208,7 @@ def score(rows, judge, args):
             consistency[i] = float(says == 1)  # None is no agreement
         rewards = final_reward(result, consistency, form, args.consistency_weight, args.reward_form)
         if args.both_orders:  # neighbours are the two orders of one pair; both right earns more, so a position is no shelter
-            pairs = result.view(-1, 2, args.n).amin(1, keepdim=True).expand(-1, 2, -1).reshape(-1)
+            pairs = result.view(-1, 2, args.samples).amin(1, keepdim=True).expand(-1, 2, -1).reshape(-1)
             rewards = rewards + args.order_bonus * pairs
         return rewards, {"result": result, "consistency": consistency, "format": form, "asked": asked}
 
@@ -451,9 +451,9 @@ def permutation(n, seed, epoch):
 
 
 def validate(args, world):
-    samples, share = args.rollout_batch * args.n, world // args.tensor_parallel * (2 if args.both_orders else 1)
+    samples, share = args.rollout_batch * args.samples, world // args.tensor_parallel * (2 if args.both_orders else 1)
     if samples % args.train_batch:
-        raise Unusable(f"--train_batch is {args.train_batch}; legal: a divisor of --rollout_batch * --n = {samples}")
+        raise Unusable(f"--train_batch is {args.train_batch}; legal: a divisor of --rollout_batch * --samples = {samples}")
     if world % args.tensor_parallel or args.rollout_batch % share:
         raise Unusable(f"--rollout_batch is {args.rollout_batch}, --tensor_parallel {args.tensor_parallel} on {world} ranks; legal: tp divides the ranks, "
                          f"and ranks / tp{' * 2 orders' if args.both_orders else ''} divides the batch")
@@ -480,7 +480,7 @@ def loop_flags(p):
     add = p.add_argument_group("rollout").add_argument
     add("--engine", choices=["vllm", "hf"], default="vllm", help="who samples; hf is slow and needs no vLLM")
     add("--rollout_batch", type=int, default=256, help="pairs (in stage 5 tasks) a step, over all ranks (256 in the paper)")
-    add("--n", type=int, default=1, help="judgements a pair, answers a task (1 and 8 in the paper; the group algorithms need more)")
+    add("--samples", type=int, default=1, help="judgements a pair, answers a task (1 and 8 in the paper; the group algorithms need more)")
     add("--max_new_tokens", type=int, default=1024, help="longest sample, tokens; a judgement cut off fails in format, an answer loses (ours)")
     add("--context", type=int, default=4096, help="longest prompt and judgement together, tokens (ours)")
     add("--tensor_parallel", type=int, default=1, help="tensor parallel size of vLLM: that many ranks share one engine")
@@ -595,7 +595,7 @@ def main():
 
     judge, loader = Judge(args, args.seed), ThreadPoolExecutor(1)
     loss, mean = loss_function(args)
-    updates = args.rollout_batch * args.n // args.train_batch
+    updates = args.rollout_batch * args.samples // args.train_batch
     steps = args.steps or math.ceil(args.passes * len(pairs) * (2 if args.both_orders else 1) / args.rollout_batch)
     first, state = load_checkpoint(out / "checkpoints", trainer)
     recipe = {k: v for k, v in vars(args).items() if k not in FREE}
@@ -629,11 +629,11 @@ def main():
         places, mine, prompts = zip(*coming.result())
         coming = loader.submit(shown, step + 1)
         lap("data")
-        rows = rollout(engine, processor, mine, prompts, [seed_of(args.seed, step, i) for i in places], args.n, 1.0, args.max_new_tokens)
+        rows = rollout(engine, processor, mine, prompts, [seed_of(args.seed, step, i) for i in places], args.samples, 1.0, args.max_new_tokens)
         for i, row in enumerate(rows):
-            row |= {"group": places[i // args.n], "place": places[0] * args.n + i}
+            row |= {"group": places[i // args.samples], "place": places[0] * args.samples + i}
         if args.tensor_parallel > 1:  # the ranks of one engine sampled the same: each trains on its part
-            unit = args.n * (2 if args.both_orders else 1)
+            unit = args.samples * (2 if args.both_orders else 1)
             rows = [row for row in rows if row["place"] // unit % args.tensor_parallel == rank % args.tensor_parallel]
         lap("rollout")
         checked = {}
@@ -647,7 +647,7 @@ def main():
         finish = score(rows, judge, args)
 
         # 4. old log-probabilities, of all but the first mini-batch
-        order = list(range(args.rollout_batch * args.n))
+        order = list(range(args.rollout_batch * args.samples))
         random.Random(f"{args.seed} {step} mini-batches").shuffle(order)
         batch_of = {place: i // args.train_batch for i, place in enumerate(order)}
         k1 = args.kl_coef and args.kl == "k1"

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 import rl
 from annotate import swap, write_pairs
 from stable_reinforce import advantages, policy_loss
-from toy import model as toy_model, pretrain, world
+from toy import model as toy_model, pretrain, server, world
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 GOOD, SLIP = ("<think>Claims. Response 1 is better.</think><answer>{}</answer>".format(c) for c in (1, 2))
@@ -228,7 +228,7 @@ def test_the_same_steps_on_one_rank_and_two_at_any_budget(world_files, tmp_path)
 
 def test_killed_and_resumed_it_is_the_unbroken_run(world_files, tmp_path):
     """kill -9 in the middle of a step: the log, the judgements and the weights end bit for bit as if nothing had happened."""
-    words = ["--engine", "hf", "--steps", 6, "--save_every", 2, "--n", 2, "--zero", 2]
+    words = ["--engine", "hf", "--steps", 6, "--save_every", 2, "--samples", 2, "--zero", 2]
     run(world_files, *words, "--out", tmp_path / "whole")
     broken = subprocess.Popen(command(world_files, *words, "--out", tmp_path / "broken"), cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log, deadline = tmp_path / "broken" / "log.jsonl", time.time() + 200
@@ -249,11 +249,14 @@ def test_a_dead_judge_stops_the_run_with_a_checkpoint_and_no_made_up_reward(worl
     said = run(world_files, *words, "--judge", "model", "--judge_url", "http://127.0.0.1:9/v1", "--judge_patience", 2, "--judge_retries", 1, fails=True)
     assert "stopped, with a checkpoint" in said and "has not replied for 2 s" in said
     assert "step-000000" in os.listdir(tmp_path / "out" / "checkpoints") and rows_of(tmp_path / "out") == []
-    run(world_files, *words)  # with a judge that lives it goes on
-    assert len(rows_of(tmp_path / "out")) == 2
+    alive = server.Server(server.parser().parse_args(["--port", "0"]))
+    run(world_files, *words, "--judge", "model", "--judge_url", alive.url, "--judge_patience", 5)  # with a judge that lives it goes on
+    assert len(rows_of(tmp_path / "out")) == 2 and sum(alive.stats["judge"].values()) > 0
+    alive.close()
+    assert "another run: --judge rule (there: model)" in run(world_files, *words, fails=True)
 
 
-@pytest.mark.parametrize("words", [["--algo", "grpo", "--n", "3", "--train_batch", "18"], ["--algo", "topr"], ["--kl_coef", "0.1", "--kl", "k1"],
+@pytest.mark.parametrize("words", [["--algo", "grpo", "--samples", "3", "--train_batch", "18"], ["--algo", "topr"], ["--kl_coef", "0.1", "--kl", "k1"],
                                    ["--kl_coef", "0.1", "--kl", "k3", "--both_orders", "--epochs", "2"]])
 def test_the_neighbours_and_penalties_run(world_files, tmp_path, words):
     run(world_files, "--engine", "hf", "--steps", 1, "--out", tmp_path / "out", *words)
