@@ -3,13 +3,18 @@ judge.py over real HTTP: the stand-in with every fault, servers that are dead, s
 
 $ python -m pytest tests/test_judge.py
 """
+import contextlib
 import doctest
 import json
+import os
+import random
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -19,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import judge
 from judge import Judge, JudgeDead, question, rule
-from toy import server
+from toy import server, world
 
 AGREES = "<think>The first is right. Response 1 is better.</think><answer>1</answer>"
 SLIPS = "<think>The first is right. Response 1 is better.</think><answer>2</answer>"
@@ -181,3 +186,32 @@ def test_the_script_scores_a_file_and_names_a_bad_line(tmp_path):
     data.write_text('{"text": "a"}\n{"text": 3}\n')
     done = run(data)
     assert done.returncode != 0 and "line 2" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_toy_base_model_behind_a_real_vllm_server_is_a_judge(tmp_path):
+    """As the paper has Qwen2.5-VL-7B-Instruct: of 200 judgements of the toy world at least 97 % are judged rightly."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(ROOT / "toy/base"), "--served-model-name", "toy/base",
+               "--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "32", "--enforce-eager", "--host", "127.0.0.1", "--port", str(port)]
+    env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1"}
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        it = subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)
+    try:
+        for _ in range(600):
+            with contextlib.suppress(OSError):
+                if urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).status == 200:
+                    break
+            assert it.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.5)
+        rng, said = random.Random(11), []
+        for i in range(200):
+            item = world.twins(rng, medium=("image", "video", "text")[i % 3])[0]
+            said.append(world.judgement(item, (0, 1), 1 + i % 2, ("careful", "hasty", "verbose", "inconsistent")[i // 2 % 4]))
+        j = Judge(args("--judge_url", f"http://127.0.0.1:{port}/v1", "--judge_model", "toy/base", "--judge_patience", 120))
+        agree = [a == rule(t) for a, t in zip(j.consistency(said), said)]
+        assert sum(agree) >= 194, sum(agree)
+    finally:
+        os.killpg(it.pid, signal.SIGKILL)
+        it.wait()

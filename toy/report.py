@@ -10,8 +10,8 @@ import os
 import platform
 from pathlib import Path
 
-PLANTED = """What is planted: the stand-in annotator's reasonings come in four manners (hasty 55 %, careful 20 %, verbose 10 %, inconsistent 15 %; the
-hasty ones oftener where the question counts). Hasty ones do not look at the picture. So most of what reinforcement learning gains here is that
+PLANTED = """What is planted: the stand-in annotator's reasonings come in four manners (hasty 55 %, careful 20 %, verbose 10 %, inconsistent 15 %).
+Hasty ones do not look at the picture, and the likeliest manner, so the greedy one after the cold start, is hasty. So most of what reinforcement learning gains here is that
 it finds the better manner, and a model made to begin carefully is about as good without it. The consistency judge is a rule behind HTTP."""
 MODELS = {"base": "base model", "sft": "cold start (SFT)", "rl": "StableReinforce"}
 

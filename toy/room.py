@@ -25,7 +25,7 @@ def annotated(rng):
         item = rng.choice(world.twins(rng, medium=rng.choice(("image",) * 18 + ("video", "text"))))
         wrong = 1 - (0.95 + (0.45 - 0.95) * item["difficulty"])
         if rng.random() > wrong**3:
-            return pretrain.judging(item, rng.sample((0, 1), 2), rng.choices(world.MANNERS, world.shares_of(item["family"]))[0], rng)
+            return pretrain.judging(item, rng.sample((0, 1), 2), rng.choices(world.MANNERS, world.SHARES)[0], rng)
 
 
 def fine_tune(model, processor, steps, batch, lr, rng):

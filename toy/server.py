@@ -187,7 +187,7 @@ def verdict(item, shown, attempt, args):
     rng = random.Random(json.dumps([args.seed, item["key"], *(item["answers"][i] for i in shown), attempt]))  # by SHA-512
     right = rng.random() < args.right_easy + (args.right_hard - args.right_easy) * item["difficulty"]
     coin = rng.choice((1, 2))  # all three are drawn in any case, so that no option shifts another's draw
-    manner = rng.choices(list(args.manners), world.shares_of(item["family"], tuple(args.manners.values())))[0]
+    manner = rng.choices(list(args.manners), args.manners.values())[0]
     outcome, choice = "neither", coin
     if item["right"] in shown:
         best = shown.index(item["right"]) + 1

@@ -12,8 +12,7 @@ exactly half of the cases (tests/test_toy.py). Text-only items are the exception
 
 What is planted, and must be said wherever a result is shown: the annotator's reasonings come in four MANNERS of unequal
 worth, as people's do. Hasty ones decide without describing the picture. Inconsistent ones conclude one thing and answer
-the other. How often each occurs depends on the question's family (shares_of). Reinforcement learning can find the better
-manner; that is most of what it finds here.
+the other. Reinforcement learning can find the better manner; that is most of what it finds here.
 
 $ python toy/world.py --show out/toy/world.png      # a contact sheet: each family, easy to hard
 """
@@ -32,7 +31,6 @@ COUNTS = ["zero", "one", "two", "three", "four"]
 FAMILIES = ["colour", "shape", "count", "position", "comparison", "absence"]
 MANNERS = ("hasty", "careful", "verbose", "inconsistent")
 SHARES = (0.55, 0.20, 0.10, 0.15)  # of the manners in the annotator's reasonings: planted (see above)
-LEAN = 0.15  # how much less often than that a question about one thing is judged hastily, and how much more often one that counts
 CELL, SIZE = 28, 56  # pixels
 
 # ---------------------------------------------------------------------------------------------------
@@ -282,21 +280,6 @@ def misread(item, shown, rng):
         if holds == [True, False]:
             return scene
     raise RuntimeError(f"no scene found in which {item['claims'][wrong]!r} is right: {item}")
-
-
-def shares_of(family, shares=SHARES):
-    """
-    The manners' shares for a family: questions after one thing (colour, shape, position) get a look more often than those that
-    count. Planted: so a model that takes the likeliest manner is hasty for some questions and careful for others.
-
-    >>> [round(s, 2) for s in shares_of("colour")], [round(s, 2) for s in shares_of("count")]
-    ([0.4, 0.27, 0.13, 0.2], [0.7, 0.13, 0.07, 0.1])
-    """
-    hasty, others = shares[0], sum(shares[1:])
-    if not hasty or not others:
-        return shares
-    less = max(0.0, min(1.0, hasty + (-LEAN if family in ("colour", "shape", "position") else LEAN)))
-    return (less, *(s * (1 - less) / others for s in shares[1:]))
 
 
 def manner_of(text):
