@@ -52,9 +52,9 @@ from pathlib import Path
 
 import torch
 
-from annotate import Unanswered, as_sent, keep, locate, messages, table_rows, turn
+from annotate import Unanswered, Unusable, as_sent, keep, locate, messages, table_rows, turn
 from judge import Judge, coin
-from rl import (advantages_of, assert_same, curves, keep_rows, loop_flags, loss_function, mismatch, old_logps, prepare, rewards_or_stop, rollout,
+from rl import (FREE, advantages_of, assert_same, curves, keep_rows, loop_flags, loss_function, mismatch, old_logps, prepare, rewards_or_stop, rollout,
                 seed_of, shown_pairs, train_step, validate)
 from sft import Log, encode, header, load_checkpoint, read_media, reduced, save_checkpoint, save_policy, setup
 from stable_reinforce import parse
@@ -105,7 +105,7 @@ def read_tasks(files, out, limit=None):
         for number, (where, row) in enumerate(table_rows(path, patterns)):
             lacks = [f for f in fields.split() if not isinstance(row, dict) or row.get(f) is None]
             if lacks:
-                raise ValueError(f"{where} has no {', '.join(lacks)}; legal for {name}: an object with {', '.join(fields.split())}")
+                raise Unusable(f"{where} has no {', '.join(lacks)}; legal for {name}: an object with {', '.join(fields.split())}")
             task = read(row, number, folder)
             if isinstance(task, str):
                 dropped[f"{name}: {task}"] += 1
@@ -118,7 +118,7 @@ def read_tasks(files, out, limit=None):
     if dropped:
         print(f"dropped: {dict(dropped)}", file=sys.stderr)
     if not tasks:
-        raise ValueError(f"no task in {files}; legal: NAME=PATH with NAME one of {', '.join(FORMATS)}, or the path of a JSONL file of question and answer")
+        raise Unusable(f"no task in {files}; legal: NAME=PATH with NAME one of {', '.join(FORMATS)}, or the path of a JSONL file of question and answer")
     return tasks[:limit]
 
 
@@ -387,7 +387,7 @@ def parser():
     loop_flags(p)
     add = p.add_argument_group("log, checks, checkpoints").add_argument
     add("--eval_every", type=int, default=20, help="steps between held-out figures, with --eval_data")
-    add("--save_every", type=int, default=20, help="steps between checkpoints; 0 = only at the end")
+    add("--save_every", type=int, default=20, help="steps between checkpoints; there is one at the end; 0 = only that")
     add("--check_every", type=int, default=20, help="steps between comparisons of vLLM and the trainer; the first sync always has one; 0 = never")
     p.set_defaults(model="Qwen/Qwen2.5-VL-3B-Instruct", algo="grpo", samples=8, train_batch=2048, passes=1.0,  # C.9; one update a rollout (ours)
                    both_orders=False, check=False)  # what rl.py's functions look at and has no meaning here
@@ -399,7 +399,7 @@ def main():
     rank, world, device = setup(args.seed)
     validate(args, world)
     if args.samples < 2 or args.chunk < 1:
-        raise ValueError(f"--samples is {args.samples}, --chunk {args.chunk}; legal: 2 answers or more, to compare; 1 prompt or more")
+        raise Unusable(f"--samples is {args.samples}, --chunk {args.chunk}; legal: 2 answers or more, to compare; 1 prompt or more")
     out, tp = Path(args.out), args.tensor_parallel
     group, groups = rank // tp, world // tp
     tasks = read_tasks(args.data, out)
@@ -411,7 +411,11 @@ def main():
     updates = args.rollout_batch * args.samples // args.train_batch
     steps = args.steps or math.ceil(args.passes * len(tasks) / args.rollout_batch)
     first, state = load_checkpoint(out / "checkpoints", trainer)
-    state = state or {"skipped": 0}
+    recipe = {k: v for k, v in vars(args).items() if k not in FREE}
+    state = state or {"skipped": 0, "recipe": recipe}
+    if state["recipe"] != recipe:
+        differs = [f"--{k} {v} (there: {state['recipe'].get(k)})" for k, v in recipe.items() if v != state["recipe"].get(k)]
+        raise Unusable(f"--out {out} holds another run: {', '.join(differs)}; go on with its flags, or choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     keep_rows(out / f"rollouts-{rank}.jsonl", first)
     log = Log(out, header(args, world, device) | {"tasks": len(tasks), "held_out": reduced(len(held)) / tp}, first, steps)
@@ -484,7 +488,7 @@ def main():
         scores_now = held_out(engine, processor, held, judge, state, args, save) if held and (done % args.eval_every == 0 or done == steps) else {}
         keep_rollouts(out / f"rollouts-{rank}.jsonl", done, rows, rewards, parts)
         log.row(done, **summary(rows, rewards, parts, totals, sums, top, seconds, judge), **checked, **scores_now)
-        if args.save_every and done % args.save_every == 0 and done < steps:
+        if done == steps or args.save_every and done % args.save_every == 0:
             save_checkpoint(out / "checkpoints", trainer, done, state)
 
     save_policy(policy, processor, out, rank)
@@ -495,4 +499,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (Unusable, FileNotFoundError) as problem:  # its owner can mend it: no traceback
+        sys.exit(f"downstream_grpo.py: {problem}")
