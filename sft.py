@@ -594,12 +594,13 @@ def check_files(path, pairs):
 
 
 def global_batches(pairs, numbers, size, epochs, seed):
-    """Lists of numbers of pairs, one a step: shuffled anew each epoch, the longest first in a step. An epoch's last may be smaller."""
+    """Lists of at most `size` numbers of pairs, one a step: shuffled anew each epoch, cut into near-equal parts, the longest pairs first."""
     batches, rng = [], random.Random(f"{seed} order")
     about = lambda i: len(pairs[i]["annotation"] or "") + len(pairs[i]["question"]) + sum(map(len, pairs[i]["responses"]))
+    n, parts = len(numbers), -(-len(numbers) // size)
     for _ in range(epochs):
-        order = rng.sample(numbers, len(numbers))
-        batches += [sorted(order[i:i + size], key=about, reverse=True) for i in range(0, len(order), size)]
+        order = rng.sample(numbers, n)
+        batches += [sorted(order[i * n // parts:(i + 1) * n // parts], key=about, reverse=True) for i in range(parts)]
     return batches
 
 
@@ -654,7 +655,7 @@ def validate(engine, processor, pairs, context, budget, max_new_tokens):
     for rows in micro_batches(groups, budget):
         sums = [a + float(b) for a, b in zip(sums, losses(engine, collate(rows, pad, device)))]
     text, pair, right, tokens, n = reduced([*sums, sum(len(row["response"]) for group in groups for row in group), len(groups)])
-    found = {"val_loss": text / max(1, tokens) + pair / max(1, n), "val_n": int(n)}
+    found = {"val_loss": text / max(1, tokens) + pair / n, "val_n": int(n)} if n else {}
     if head == "scalar":
         return found | {"val_accuracy": right / max(1, n)}
     if engine.zero_optimization_stage() == 3:
@@ -693,7 +694,7 @@ def parser():
     g.add_argument("--workers", type=int, default=4, help="processes per rank that decode images ahead; 0 = none")
     g = p.add_argument_group("optimisation")
     g.add_argument("--lr", type=float, default=1e-5, help="peak learning rate; 1e-5 in the paper")
-    g.add_argument("--batch", type=int, default=256, help="pairs a step over all ranks; 256 in the paper")
+    g.add_argument("--batch", type=int, default=256, help="pairs a step over all ranks, at most; 256 in the paper")
     g.add_argument("--epochs", type=int, default=1, help="1 in the paper")
     g.add_argument("--warmup", type=float, default=0.03, help="share of the steps with rising learning rate (ours)")
     g.add_argument("--schedule", default="cosine", choices=("cosine", "linear", "constant"), help="after the warm-up, down to a tenth (ours)")
@@ -747,7 +748,7 @@ def main():
         Items(args.data, pairs, processor, policy.kind, args.context), batch_size=None, sampler=sum(shares, []), collate_fn=lambda item: item,
         num_workers=args.workers, prefetch_factor=2 * args.batch // (world * args.workers) + 1 if args.workers else None))
     validation = lambda: validate(engine, processor, held_out, args.context, args.micro_tokens, args.max_new_tokens) if held_out else {}
-    if not done:
+    if not done and held_out:
         log.row(0, **validation())
     for step, share in enumerate(shares, done + 1):
         groups = [next(items) for _ in share]

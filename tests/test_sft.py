@@ -121,6 +121,7 @@ def reference(policy, batch, entropy=False):
 def test_the_loss_is_transformers_own(loaded, rows):
     from transformers import AutoModelForImageTextToText
 
+    rows = [row for row in rows if "pixel_values_videos" not in row]  # see text_after_video
     batch = sft.collate(rows, 0)
     labels = torch.full_like(batch["input_ids"], -100)
     for i, row in enumerate(rows):
@@ -243,7 +244,7 @@ def test_batches_hold_every_pair_once_an_epoch_and_depend_on_the_seed_alone(plac
     pairs = read_pairs(place / "pairs.jsonl")
     numbers = list(range(3, 40))
     batches = sft.global_batches(pairs, numbers, 16, 2, seed=5)
-    assert [len(b) for b in batches] == [16, 16, 5, 16, 16, 5]
+    assert [len(b) for b in batches] == [12, 12, 13, 12, 12, 13]  # none above 16, no runt at the end
     assert sorted(sum(batches[:3], [])) == sorted(sum(batches[3:], [])) == numbers and batches[:3] != batches[3:]
     assert batches == sft.global_batches(pairs, numbers, 16, 2, seed=5) != sft.global_batches(pairs, numbers, 16, 2, seed=6)
 
