@@ -24,9 +24,10 @@ prompts; 5) temperature 0 for the reward model. Beyond it: 6) --pairs ring|k: on
 up to k apart, 2kn calls for n(n-1); Score is then (n - 1) times the mean over the answers that were compared. With --pairs all the log
 has the rank correlation that a ring would have had; 7) --exact_weight w mixes in the ground truth; 8) --judge random and exact.
 
-The toy: the reward model of rl.py behind a vLLM server, in another terminal, and a policy half as wide as toy/base:
+The toy: the reward model of rl.py behind a vLLM server, in another terminal; a policy that is careless, not blind (toy/careless.py):
 $ VLLM_CPU_KVCACHE_SPACE=1 python -m vllm.entrypoints.openai.api_server --model out/toy/rl --dtype float32 --enforce-eager \
     --max-model-len 1024 --host 127.0.0.1 --port 8020
+$ python toy/careless.py --out out/toy/careless
 $ python downstream_grpo.py @toy/downstream.args
 One node with 4 GPUs of 80 GB for the policy and a server on others, the paper's setting (not yet run at this scale):
 $ torchrun --nproc_per_node=4 downstream_grpo.py --data 'V*=data/vstar_bench' arXivQA=data/ArxivQA ThinkLite-VL=data/ThinkLite-VL-hard-11k \
@@ -36,9 +37,8 @@ Reads  --model (see sft.py), --data (FORMATS below: question, pictures, ground t
 Writes --out: the model, log.jsonl (a row a step), rollouts-*.jsonl (answers, scores), curves.png, checkpoints/, images/.
 """
 import argparse
-import asyncio
-import math
 import json
+import math
 import os
 import random
 import re
@@ -54,8 +54,8 @@ import torch
 
 from annotate import Unanswered, Unusable, as_sent, keep, locate, messages, table_rows, turn
 from judge import Judge, coin
-from rl import (FREE, advantages_of, assert_same, curves, keep_rows, loop_flags, loss_function, mismatch, old_logps, prepare, rewards_or_stop, rollout,
-                seed_of, shown_pairs, train_step, validate)
+from rl import (FREE, advantages_of, assert_same, curves, keep_rows, loop_flags, loss_function, mismatch, old_logps, prepare, rewards_or_stop,
+                rollout, seed_of, shown_pairs, train_step, validate)
 from sft import Log, encode, header, load_checkpoint, read_media, reduced, save_checkpoint, save_policy, setup
 from stable_reinforce import parse
 
@@ -66,7 +66,8 @@ from stable_reinforce import parse
 def plain(row, number, folder):
     """A file of one's own: a line has question and answer, perhaps id, image or images."""
     images = row.get("images") or row.get("image") or []
-    return {"id": row.get("id", f"task-{number}"), "question": row["question"], "answer": str(row["answer"]), "images": images if isinstance(images, list) else [images]}
+    return {"id": row.get("id", f"task-{number}"), "question": row["question"], "answer": str(row["answer"]),
+            "images": images if isinstance(images, list) else [images]}
 
 
 def vstar(row, number, folder):
@@ -85,7 +86,8 @@ def arxivqa(row, number, folder):
 
 
 def thinklite(row, number, folder):
-    return {"id": f"ThinkLite-VL-{row['id']}", "question": row["problem"].replace("<image>", "").strip(), "answer": str(row["answer"]), "images": [row["image"]]}
+    question = row["problem"].replace("<image>", "").strip()
+    return {"id": f"ThinkLite-VL-{row['id']}", "question": question, "answer": str(row["answer"]), "images": [row["image"]]}
 
 
 FORMATS = {  # name: (what reads a row, where the rows are in the download, the fields each has)
@@ -118,7 +120,8 @@ def read_tasks(files, out, limit=None):
     if dropped:
         print(f"dropped: {dict(dropped)}", file=sys.stderr)
     if not tasks:
-        raise Unusable(f"no task in {files}; legal: NAME=PATH with NAME one of {', '.join(FORMATS)}, or the path of a JSONL file of question and answer")
+        raise Unusable(f"no task in {files}; legal: NAME=PATH with NAME one of {', '.join(FORMATS)}, "
+                       "or the path of a JSONL file of question and answer")
     return tasks[:limit]
 
 
@@ -175,10 +178,12 @@ def rank_correlation(x, y):
     """
     Spearman's, ties sharing their mean rank; None where either is flat.
 
-    >>> rank_correlation(torch.tensor([1., 2., 3.]), torch.tensor([1., 5., 9.])), rank_correlation(torch.tensor([1., 1.]), torch.tensor([1., 2.]))
+    >>> x = torch.tensor([1., 5., 9.])
+    >>> rank_correlation(torch.tensor([1., 2., 3.]), x), rank_correlation(torch.tensor([1., 1., 1.]), x)
     (1.0, None)
     """
-    x, y = (((v[:, None] > v).sum(1) + ((v[:, None] == v).sum(1) - 1) / 2).double() for v in (x.double().round(decimals=6), y.double().round(decimals=6)))
+    x, y = x.double().round(decimals=6), y.double().round(decimals=6)  # sums of the same scores in another order are ties
+    x, y = (((v[:, None] > v).sum(1) + ((v[:, None] == v).sum(1) - 1) / 2).double() for v in (x, y))
     x, y = x - x.mean(), y - y.mean()
     size = (x.norm() * y.norm()).item()
     return round((x @ y).item() / size, 6) if size else None
@@ -193,7 +198,8 @@ class RewardModel:
 
     def __init__(self, endpoint, args):
         self.endpoint, self.args = endpoint, args
-        self.pictures = lru_cache(1024)(lambda images: as_sent(turn({"images": images, "video": None}, ""), args.max_pixels or 2**62, 0)[0]["content"][:-1])
+        alone = lambda images: turn({"images": images, "video": None}, "")
+        self.pictures = lru_cache(1024)(lambda images: as_sent(alone(images), args.max_pixels or 2**62, 0)[0]["content"][:-1])
 
     async def ask(self, model, turns, **_):
         duel, = (t["content"] for t in turns)
@@ -210,7 +216,8 @@ class RewardModel:
         client = self.endpoint.client.with_options(max_retries=self.args.judge_retries)
         try:
             reply = await client.chat.completions.create(
-                model=model, messages=[*shown, {"role": "assistant", "content": PREFIX}], max_tokens=1, temperature=0, logprobs=True, top_logprobs=20,
+                model=model, messages=[*shown, {"role": "assistant", "content": PREFIX}], max_tokens=1, temperature=0,
+                logprobs=True, top_logprobs=20,
                 extra_body={"add_generation_prompt": False, "continue_final_message": True})
             seen = {o.token.strip(): math.exp(o.logprob) for o in reply.choices[0].logprobs.content[0].top_logprobs[::-1]}
             used = [reply.usage.prompt_tokens, reply.usage.completion_tokens]
@@ -275,15 +282,15 @@ def score(rows, judge, args):
                 p[a, b] = value
             counts = torch.bincount(torch.tensor(given))
             won = scores(p, counts, args.pairs)
-            right = torch.tensor([0.0 if answer is None else exact(answer, group[0]["pair"]["answer"]) for answer in answers], dtype=torch.float64)
+            right = torch.tensor([exact(answer or "", group[0]["pair"]["answer"]) for answer in answers], dtype=torch.float64)
             share = won[given] / (args.samples - 1)
             duel = [((p[a, b] + 1 - p[b, a]) / 2).item() for a, b in duels(len(answers), args.pairs) if right[a] != right[b]
                     for a, b in [(a, b) if right[a] else (b, a)]]
             ring = rank_correlation(share, scores(p, counts, "ring")[given]) if args.pairs == "all" else None
             rewards = share + args.exact_weight * right[given]
             found.append((rewards, {
-                "score": share, "exact": right[given], "distinct": len(answers), "duels": len(calls), "spread": share.std(unbiased=False).item(),
-                "flat": float(rewards.max() == rewards.min()), "no_verdict": sum(math.isnan(v) for v in said[at:at + len(calls)]),
+                "score": share, "exact": right[given], "distinct": len(answers), "duels": len(calls),
+                "spread": share.std(unbiased=False).item(), "flat": float(rewards.max() == rewards.min()), "no_verdict": sum(math.isnan(v) for v in said[at:at + len(calls)]),
                 "judge_right": [0.5 if math.isnan(v) else v for v in duel], "ring_rank": [] if ring is None else [ring]}))
         return found
 
@@ -303,16 +310,19 @@ def held_out(engine, processor, tasks, judge, state, args, save):
     """Exact match, greedy and at temperature 1; win rate of the greedy answers over those before training, in both orders."""
     prompts, out = [prompt(processor, task) for task in tasks], {}
     for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
-        rows = rollout(engine, processor, tasks, prompts, [seed_of("eval", task["id"]) for task in tasks], 1, temperature, args.max_new_tokens)
+        seeds = [seed_of("eval", task["id"]) for task in tasks]
+        rows = rollout(engine, processor, tasks, prompts, seeds, 1, temperature, args.max_new_tokens)
         right, n = reduced([sum(exact(whole(row) or "", row["pair"]["answer"]) for row in rows), len(rows)])
         out[f"eval_{name}"] = right / max(1, n)
     now = list(map(whole, rows))
     before = state.setdefault("before", now)
     met = [i for i, (a, b) in enumerate(zip(now, before)) if a != b and None not in (a, b)]
-    asked = [Duel(tasks[i]["question"], tuple(tasks[i]["images"]), *order, tasks[i]["answer"]) for i in met for order in ((now[i], before[i]), (before[i], now[i]))]
+    asked = [Duel(tasks[i]["question"], tuple(tasks[i]["images"]), *order, tasks[i]["answer"])
+             for i in met for order in ((now[i], before[i]), (before[i], now[i]))]
     said = rewards_or_stop(judge.submit(asked).result, save)
     s = dict(zip(met, ((p + 1 - q) / 2 for p, q in zip(said[::2], said[1::2]))))
-    wins = [0.5 if a == b or math.isnan(s.get(i, 0.0)) else float(b is None) if None in (a, b) else s[i] for i, (a, b) in enumerate(zip(now, before))]
+    wins = [0.5 if a == b or math.isnan(s.get(i, 0.0)) else float(b is None) if None in (a, b) else s[i]
+            for i, (a, b) in enumerate(zip(now, before))]
     changed, won = reduced([sum(a != b for a, b in zip(now, before)), sum(wins)])
     return out | {"eval_win": won / max(1, n), "eval_changed": changed / max(1, n), "eval_n": n}
 
@@ -323,26 +333,28 @@ def summary(rows, rewards, parts, totals, sums, top, seconds, judge):
     means = {key: each(key) for key in ("distinct", "spread", "flat", "judge_right", "ring_rank")}  # of prompts; of duels; of prompts
     means |= {"reward": rewards.tolist(), "exact": torch.cat(each("exact")).tolist(), "length": [len(row["response"]) for row in rows],
               "truncated": [float(row["finish"] == "length") for row in rows]}  # of answers
-    counts = {"duels": sum(each("duels")), "no_verdict": sum(each("no_verdict")), "judge_calls": judge.counts["calls"], "judge_failed": judge.counts["failed"]}
+    counts = {"duels": sum(each("duels")), "no_verdict": sum(each("no_verdict")),
+              "judge_calls": judge.counts["calls"], "judge_failed": judge.counts["failed"]}
     total = reduced([*map(sum, means.values()), *map(len, means.values()), *counts.values(), *sums.values()])
     means = {key: a / b if b else None for key, a, b in zip(means, total, total[len(means):])}
     counts, sums = dict(zip(counts, total[2 * len(means):])), dict(zip(sums, total[2 * len(means) + len(counts):]))
     return means | counts | {
-        "loss": sum(loss for loss, _ in totals) / len(totals), "grad_norm": max(norm for _, norm in totals), **{k: v / max(1, sums["tokens"]) for k, v in sums.items() if k != "tokens"},
+        "loss": sum(loss for loss, _ in totals) / len(totals), "grad_norm": max(norm for _, norm in totals),
+        **{k: v / max(1, sums["tokens"]) for k, v in sums.items() if k != "tokens"},
         **dict(zip(top, reduced(list(top.values()), "max"))), "seconds": sum(seconds.values()), **{f"s_{k}": v for k, v in seconds.items()}}
 
 
-PANELS = {"exact match": ["exact", "eval_greedy", "eval_sampled"], "win rate over the start": ["eval_win"], "spread of the scores": ["spread"],
-          "share of prompts": ["flat"], "right beats wrong": ["judge_right"], "different answers of a prompt": ["distinct"], "entropy": ["entropy"],
-          "length, tokens": ["length"]}
+PANELS = {"exact match": ["exact", "eval_greedy", "eval_sampled"], "win rate over the start": ["eval_win"],
+          "spread of the scores": ["spread"], "share of prompts": ["flat"], "right beats wrong": ["judge_right"],
+          "different answers of a prompt": ["distinct"], "entropy": ["entropy"], "length, tokens": ["length"]}
 
 
 def keep_rollouts(path, step, rows, rewards, parts):
     said = [[x.item() for part in parts for x in part[key]] for key in ("score", "exact")]
     with path.open("a", encoding="utf-8") as file:
         for row, reward, share, right in zip(rows, rewards.tolist(), *said):
-            file.write(json.dumps({"step": step, "id": row["pair"]["id"], "answer": row["pair"]["answer"], "text": row["text"], "finish": row["finish"],
-                                   "exact": right, "score": share, "reward": reward}) + "\n")
+            file.write(json.dumps({"step": step, "id": row["pair"]["id"], "answer": row["pair"]["answer"], "text": row["text"],
+                                   "finish": row["finish"], "exact": right, "score": share, "reward": reward}) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -364,14 +376,15 @@ def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@")
     p.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
     add = p.add_argument_group("data").add_argument
-    add("--data", type=source, nargs="+", required=True, metavar="[NAME=]PATH", help=f"tasks to train on; NAME: {', '.join(FORMATS)} (the default)")
+    add("--data", type=source, nargs="+", required=True,
+        metavar="[NAME=]PATH", help=f"tasks to train on; NAME: {', '.join(FORMATS)}; none = tasks")
     add("--eval_data", type=source, nargs="+", default=[], metavar="[NAME=]PATH", help="held-out tasks; none = no held-out figures")
     add("--eval_n", type=int, default=500, help="the first so many of them")
     add("--out", default="out/downstream", help="folder to write; the same command continues from its last checkpoint")
     add("--seed", type=int, default=0, help="of the order of the tasks and of every sample")
     add = p.add_argument_group("reward (C.9.1)").add_argument
-    add("--pairs", type=pairs_flag, default="all", help="duels of a prompt: all (the paper), ring, or k neighbours on each side of the ring")
-    add("--exact_weight", type=float, default=0.0, help="added to the reward where the answer is the ground truth; a duel weighs 1 / (n - 1)")
+    add("--pairs", type=pairs_flag, default="all", help="duels of a prompt: all (the paper), ring, or k neighbours on each side")
+    add("--exact_weight", type=float, default=0.0, help="of the exact match with the ground truth; all duels together weigh 1")
     add("--chunk", type=int, default=64, help="prompts of a rank that are sampled at once, while the duels of those before are judged")
     add = p.add_argument_group("reward model").add_argument
     add("--judge", choices=["model", "random", "exact"], default="model", help="random: a coin; exact: the ground truth, an upper bound")
@@ -388,8 +401,9 @@ def parser():
     add = p.add_argument_group("log, checks, checkpoints").add_argument
     add("--eval_every", type=int, default=20, help="steps between held-out figures, with --eval_data")
     add("--save_every", type=int, default=20, help="steps between checkpoints; there is one at the end; 0 = only that")
-    add("--check_every", type=int, default=20, help="steps between comparisons of vLLM and the trainer; the first sync always has one; 0 = never")
-    p.set_defaults(model="Qwen/Qwen2.5-VL-3B-Instruct", algo="grpo", samples=8, train_batch=2048, passes=1.0,  # C.9; one update a rollout (ours)
+    add("--check_every", type=int, default=20, help="steps between comparisons of vLLM and the trainer; 0 = never")
+    p.set_defaults(model="Qwen/Qwen2.5-VL-3B-Instruct", algo="grpo", samples=8, passes=1.0,  # C.9
+                   train_batch=2048,  # one update a rollout (ours)
                    both_orders=False, check=False)  # what rl.py's functions look at and has no meaning here
     return p
 
@@ -478,16 +492,17 @@ def main():
             totals.append(train_step(trainer, batch, loss, mean, args, pad, device, lr, sums, top))
             state["skipped"] = 0 if math.isfinite(totals[-1][1]) else state["skipped"] + 1
             if state["skipped"] == 3:
-                sys.exit(f"downstream_grpo.py: step {step + 1}: three gradients in a row were not finite. Likely: --lr {args.lr} is too high")
+                sys.exit(f"downstream_grpo.py: step {step + 1}: three gradients in a row not finite; likely: --lr {args.lr} is too high")
         lap("update")
 
         # 6. sync
         engine.sync(policy)
         lap("sync")
-        done = step + 1
-        scores_now = held_out(engine, processor, held, judge, state, args, save) if held and (done % args.eval_every == 0 or done == steps) else {}
+        done, figures = step + 1, {}
+        if held and (done % args.eval_every == 0 or done == steps):
+            figures = held_out(engine, processor, held, judge, state, args, save)
         keep_rollouts(out / f"rollouts-{rank}.jsonl", done, rows, rewards, parts)
-        log.row(done, **summary(rows, rewards, parts, totals, sums, top, seconds, judge), **checked, **scores_now)
+        log.row(done, **summary(rows, rewards, parts, totals, sums, top, seconds, judge), **checked, **figures)
         if done == steps or args.save_every and done % args.save_every == 0:
             save_checkpoint(out / "checkpoints", trainer, done, state)
 

@@ -23,13 +23,25 @@ stage world python toy/sources.py --out $OUT/data --seed 0
 
 # The stand-in for GPT-4o and for the consistency judge: rules behind a real HTTP server, no model
 python toy/server.py --key $OUT/data/key.jsonl --port 8010 > $OUT/server.log 2>&1 &
-trap 'kill %1 2>/dev/null || true' EXIT
-for _ in $(seq 100); do curl -s http://127.0.0.1:8010/health > /dev/null 2>&1 && break; sleep 0.2; done 2>/dev/null || sleep 10
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+up() { # port: wait until a server answers there
+    python - "$1" <<'PY'
+import sys, time, urllib.request
+for _ in range(600):
+    try:
+        sys.exit(urllib.request.urlopen(f"http://127.0.0.1:{sys.argv[1]}/health", timeout=5).status != 200)
+    except OSError:
+        time.sleep(0.5)
+sys.exit(f"nothing answers on port {sys.argv[1]}")
+PY
+}
+up 8010
 
 # 2. Annotation: up to three attempts a pair; how many it took is its difficulty
 stage annotate python annotate.py @toy/annotate.args
 
 # 3. Cold start from the base model (toy/base plays Qwen2.5-VL-7B-Instruct), 4. reinforcement learning
+[ ! -e $OUT/sft/tokenizer_config.json ] || [ -e $OUT/done/sft ] || echo 0 > $OUT/done/sft  # killed just after its last file
 stage sft $TWO sft.py @toy/sft.args
 stage rl $TWO rl.py @toy/rl.args --clip 1e3
 
@@ -39,5 +51,14 @@ for model in base sft rl; do
     stage evaluate-$model python evaluate.py @toy/evaluate.args --limit 100 --model $folder --out $OUT/eval-$model
 done
 
-# 6. One table, the pictures, the times
+# 6. What a reward model is for: a careless policy, trained by GRPO with the new reward model, behind vLLM, as its scorer
+if [ ! -e $OUT/done/downstream ]; then
+    VLLM_CPU_KVCACHE_SPACE=1 python -m vllm.entrypoints.openai.api_server --model $OUT/rl --dtype float32 --enforce-eager \
+        --max-model-len 1024 --host 127.0.0.1 --port 8020 > $OUT/reward-model.log 2>&1 &
+    [ -e $OUT/careless/config.json ] || stage careless python toy/careless.py --out $OUT/careless
+    up 8020
+fi
+stage downstream python downstream_grpo.py @toy/downstream.args
+
+# 7. One table, the pictures, the times
 python toy/report.py --out $OUT
