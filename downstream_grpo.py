@@ -54,8 +54,8 @@ import torch
 
 from annotate import Unanswered, Unusable, as_sent, keep, locate, messages, table_rows, turn
 from judge import Judge, coin
-from rl import (FREE, advantages_of, assert_same, curves, keep_rows, loop_flags, loss_function, mismatch, old_logps, prepare, rewards_or_stop,
-                rollout, seed_of, shown_pairs, train_step, validate)
+from rl import (FREE, advantages_of, assert_same, curves, keep_rows, loop_flags, loss_function, mismatch, old_logps, prepare,
+                rewards_or_stop, rollout, seed_of, shown_pairs, train_step, validate)
 from sft import Log, encode, header, load_checkpoint, read_media, reduced, save_checkpoint, save_policy, setup
 from stable_reinforce import parse
 
@@ -290,7 +290,8 @@ def score(rows, judge, args):
             rewards = share + args.exact_weight * right[given]
             found.append((rewards, {
                 "score": share, "exact": right[given], "distinct": len(answers), "duels": len(calls),
-                "spread": share.std(unbiased=False).item(), "flat": float(rewards.max() == rewards.min()), "no_verdict": sum(math.isnan(v) for v in said[at:at + len(calls)]),
+                "spread": share.std(unbiased=False).item(), "flat": float(rewards.max() == rewards.min()),
+                "no_verdict": sum(math.isnan(v) for v in said[at:at + len(calls)]),
                 "judge_right": [0.5 if math.isnan(v) else v for v in duel], "ring_rank": [] if ring is None else [ring]}))
         return found
 

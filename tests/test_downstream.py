@@ -368,5 +368,5 @@ def test_the_forced_token_of_a_real_server_is_transformers_own(toy):
         reasoned = d.Duels(args("--judge_url", f"{url}/v1", "--judge_model", "toy/base", "--judge_tokens", 60, "--judge_patience", 30)).submit(asked[:6]).result()
         assert all(p != p or p in (0.0, 1.0) for p in reasoned)  # the base model may say anything; NaN is no verdict
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
+        os.killpg(server.pid, signal.SIGKILL)  # its worker too
         server.wait(30)
