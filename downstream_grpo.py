@@ -212,7 +212,7 @@ class RewardModel:
         return reply | {"text": "none" if choice is None else str(2.0 - choice)}
 
     async def token(self, model, shown):
-        """The reply is made to begin with PREFIX; one token follows (vLLM and SGLang continue an assistant's turn so)."""
+        """The reply is made to begin with PREFIX; one token follows (vLLM continues an assistant's turn so)."""
         client = self.endpoint.client.with_options(max_retries=self.args.judge_retries)
         try:
             reply = await client.chat.completions.create(
@@ -224,7 +224,9 @@ class RewardModel:
         except (self.endpoint.openai.OpenAIError, AttributeError, LookupError, TypeError, ValueError) as problem:
             raise Unanswered(f"{type(problem).__name__}: {problem}", False) from None
         one, two = seen.get("1", 0.0), seen.get("2", 0.0)
-        return {"text": str(one / (one + two)) if one + two else "none", "tokens": used}
+        # a server tells of its 20 likeliest tokens: of a digit among the rest nothing is known
+        known = {"1", "2"} <= seen.keys() or one + two > 0.5
+        return {"text": str(one / (one + two)) if known else "none", "tokens": used}
 
 
 class Duels(Judge):

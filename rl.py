@@ -415,7 +415,7 @@ def curves(folder, panels=PANELS):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "reward" in row]
+    rows = [row for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "step" in row]
     figure, axes = plt.subplots(2, 4, figsize=(16, 6.5), layout="constrained")
     for axis, (title, names) in zip(axes.flat, panels.items()):
         for name in names:

@@ -8,6 +8,7 @@ import doctest
 import json
 import math
 import os
+import random
 import re
 import signal
 import socket
@@ -26,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import downstream_grpo as d
 from judge import JudgeDead
+from toy import pretrain, world
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 SHOWN = re.compile(r"\[Response 1\]: (.*); \[Response 2\]: (.*)\n\nOutput Format", re.S)
@@ -330,17 +332,26 @@ def test_it_learns_what_wins_and_a_dead_judge_stops_it_with_a_checkpoint(toy, se
 # a real server
 
 
-def test_the_forced_token_of_a_real_server_is_transformers_own(toy):
+def test_the_forced_token_of_a_real_server_is_transformers_own(toy, tmp_path):
     """vLLM continues the reply after the empty thought: P("1") is what transformers computes, pictures included; and prefixes are met again."""
+    from sft import INPUTS, collate, encode, load_policy
+    policy, processor = load_policy(ROOT / "toy/weak", dtype=torch.float32)
+    rng = random.Random(0)  # a few steps of judgements, or neither digit is among the 20 likeliest tokens that a server tells of
+
+    def judged():
+        dialogue = pretrain.judging(rng.choice(world.twins(rng)), (0, 1), "hasty", rng)
+        return dialogue | {"turns": [(dialogue["turns"][0][0], f"{d.PREFIX}{rng.choice((1, 2))}</answer>")]}
+
+    pretrain.train(policy.model, processor, lambda done: [judged() for _ in range(8)], 60, log_every=60)
+    d.save_policy(policy, processor, tmp_path)
+    policy.eval()
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    server = subprocess.Popen([sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "toy/base", "--dtype", "float32", "--enforce-eager",
+    server = subprocess.Popen([sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tmp_path), "--dtype", "float32", "--enforce-eager",
                                "--max-model-len", "1024", "--host", "127.0.0.1", "--port", str(port)], cwd=ROOT, env=ENV | {"VLLM_CPU_KVCACHE_SPACE": "1"},
                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
-        from sft import INPUTS, collate, encode, load_policy
-        policy, processor = load_policy(ROOT / "toy/base", dtype=torch.float32)
         tasks = d.read_tasks([("tasks", toy / "train.jsonl")], toy)[:4]
         asked = [d.Duel(t["question"], tuple(t["images"]), *order, t["answer"]) for t in tasks
                  for order in ((a, b) for a in ("red", "a square", "two") for b in ("red", "a square", "two") if a != b)]
@@ -360,12 +371,12 @@ def test_the_forced_token_of_a_real_server_is_transformers_own(toy):
                 break
             except OSError:
                 time.sleep(0.5)
-        judge = d.Duels(args("--verdict", "token", "--judge_url", f"{url}/v1", "--judge_model", "toy/base", "--judge_patience", 30))
+        judge = d.Duels(args("--verdict", "token", "--judge_url", f"{url}/v1", "--judge_model", tmp_path, "--judge_patience", 30))
         assert judge.submit(asked).result() == pytest.approx(expected, abs=1e-4)
         metrics = urllib.request.urlopen(f"{url}/metrics").read().decode()
         queries, hits = (float(re.search(rf"^vllm:prefix_cache_{k}_total{{.*}} (\S+)$", metrics, re.M)[1]) for k in ("queries", "hits"))
         assert hits > 0.5 * queries  # picture, instructions, question and first answer; a third of the calls begin with something new
-        reasoned = d.Duels(args("--judge_url", f"{url}/v1", "--judge_model", "toy/base", "--judge_tokens", 60, "--judge_patience", 30)).submit(asked[:6]).result()
+        reasoned = d.Duels(args("--judge_url", f"{url}/v1", "--judge_model", tmp_path, "--judge_tokens", 60, "--judge_patience", 30)).submit(asked[:6]).result()
         assert all(p != p or p in (0.0, 1.0) for p in reasoned)  # the base model may say anything; NaN is no verdict
     finally:
         os.killpg(server.pid, signal.SIGKILL)  # its worker too
