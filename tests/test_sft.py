@@ -177,6 +177,22 @@ def test_log_probabilities_depend_on_pixels_and_on_positions_in_the_picture(load
     assert (seen - blank).abs().max() > 1e-3 and (seen - flat).abs().max() > 1e-3
 
 
+def test_text_goes_on_after_the_last_position_of_a_video(loaded, rows):
+    """Four frames are two grids of 2 x 2 tokens, a second apart, 4 positions a second: times s and s + 4, so the text goes on at s + 5."""
+    row = rows[2]
+    batch = sft.collate([rows[3], row], 0)  # a text beside it, padded at the end
+    assert row["video_grid_thw"].tolist() == [[2, 4, 4]] and row["second_per_grid_ts"].tolist() == [1.0]
+    positions, deltas = loaded[0].model.base_model.get_rope_index(
+        batch["input_ids"], batch["mm_token_type_ids"], video_grid_thw=batch["video_grid_thw"], second_per_grid_ts=batch["second_per_grid_ts"],
+        attention_mask=batch["attention_mask"])
+    s = row["types"].index(2)
+    text = torch.arange(sft.length(row) - s - 8) + s + 5
+    assert positions[:, 1, s:s + 8].tolist() == [[s] * 4 + [s + 4] * 4, [s, s, s + 1, s + 1] * 2, [s, s + 1] * 4]
+    assert (positions[:, 1, :s] == torch.arange(s)).all() and (positions[:, 1, s + 8:sft.length(row)] == text).all()
+    assert (positions[:, 0, :sft.length(rows[3])] == torch.arange(sft.length(rows[3]))).all()
+    assert deltas.flatten().tolist() == [0, -3]  # 8 tokens took 5 positions
+
+
 def test_no_row_is_a_batch_with_a_gradient_of_zero_for_every_parameter(loaded, rows):
     """Ranks that have run out of micro-batches, or have text only, take part in every reduction."""
     for some in ([], [rows[3]]):
