@@ -395,9 +395,9 @@ def pairs(source, rows):
 def tasks(source, rows):
     made = {}
     for split, n in rows.items():
-        source.split, table = split, made.setdefault(split, [])
+        source.split, table, sets = split, made.setdefault(split, []), 0
         while len(table) < n:
-            family = world.FAMILIES[len(table) % len(world.FAMILIES)]
+            family, sets = world.FAMILIES[sets % len(world.FAMILIES)], sets + 1
             items = source.twins([family], 3 if family == "comparison" else 4)
             for item in items if split == "test" else [source.rng.choice(items)]:
                 name = f"{split}-{len(table)}"
