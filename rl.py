@@ -305,6 +305,8 @@ def train_step(engine, rows, loss, mean, args, pad, device, lr, sums, top):
         old, adv = (padded([row[k] for row in batch], mask) for k in ("old", "adv"))
         if args.tis:  # truncated importance weights: vLLM sampled, the trainer differentiates
             adv = adv * (old - padded([torch.tensor(row["sampled"]) for row in batch], mask)).exp().clamp_max(args.tis)
+        if args.algo == "topr":  # it weighs whole judgements: their first token's A is every token's
+            adv = adv[:, 0]
         value, stats = loss(logp, old, adv, mask, norm=norm)
         if args.kl_coef and args.kl != "k1":
             penalty = KL[args.kl](logp, padded([row["reference"] for row in batch], mask))
