@@ -19,7 +19,8 @@ $ python sft.py @toy/sft.args
 One node with 4 GPUs of 80 GB, the paper's setting (not yet run at this scale):
 $ torchrun --nproc_per_node=4 sft.py --data data/sft.jsonl --out out/sft
 Two nodes, on each with its NODE_RANK and a folder they share as --out:
-$ torchrun --nnodes=2 --node_rank=$NODE_RANK --master_addr=$HOST --master_port=29500 --nproc_per_node=4 sft.py --data data/sft.jsonl --out out/sft
+$ torchrun --nnodes=2 --node_rank=$NODE_RANK --master_addr=$HOST --master_port=29500 --nproc_per_node=4 sft.py \\
+    --data data/sft.jsonl --out out/sft
 A baseline of Table 5:
 $ torchrun --nproc_per_node=4 sft.py --head scalar --data data/sft.jsonl --out out/scalar
 
@@ -197,7 +198,7 @@ def load_policy(folder, head=None, dtype="auto", attn="sdpa", min_pixels=None, m
 
     config = AutoConfig.from_pretrained(folder)
     if config.model_type not in LEGAL or not hasattr(config, "vision_config"):
-        raise ValueError(f"{folder} is a {config.model_type!r}; legal: a model that reads images and text, as qwen2_5_vl, qwen2_vl, qwen3_vl")
+        raise ValueError(f"{folder} is a {config.model_type!r}; legal: a model that reads images and text: qwen2_5_vl, qwen2_vl, qwen3_vl")
     # Loaded whole by each rank on the CPU; ZeRO-3 cuts it up afterwards (its loading in pieces renames keys wrongly for these models).
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation=attn)
     processor = AutoProcessor.from_pretrained(folder)
@@ -247,7 +248,7 @@ def save_policy(policy, processor, folder, rank=0):
 
 
 def gathered(parameters, write=False):
-    """Under ZeRO-3 the whole of these parameters inside the block, on every rank; else nothing to do. write: what rank 0 makes of them stays."""
+    """Under ZeRO-3 the whole of these parameters inside the block, on every rank. write: what rank 0 makes of them stays."""
     import contextlib
     if not any(hasattr(p, "ds_id") for p in parameters):
         return contextlib.nullcontext()
@@ -278,9 +279,9 @@ def read_media(processor, turns):
     """(images, videos, their metadata) of chat turns, as qwen-vl-utils reads and sizes them within the processor's bounds."""
     from qwen_vl_utils import process_vision_info
 
-    bounds = {"image": processor.image_processor.size, "video": processor.video_processor.size}
-    sized = [turn | {"content": [part | {"min_pixels": bounds[part["type"]]["shortest_edge"], "max_pixels": bounds[part["type"]]["longest_edge"]}
-                                 if part["type"] in bounds else part for part in turn["content"]]}
+    sizes = {"image": processor.image_processor.size, "video": processor.video_processor.size}
+    bounds = {kind: {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]} for kind, size in sizes.items()}
+    sized = [turn | {"content": [part | bounds.get(part["type"], {}) for part in turn["content"]]}
              for turn in turns if not isinstance(turn["content"], str)]
     images, videos, _ = process_vision_info(sized, return_video_kwargs=True, return_video_metadata=True,
                                             image_patch_size=processor.image_processor.patch_size)
@@ -300,7 +301,7 @@ def collate(rows, pad, device="cpu", left=False):
     """
     shown = rows or [{"prompt": [pad, pad], "types": [0, 0], "response": []}]
     T, R = max(map(length, shown)), max(len(row["response"]) for row in shown)
-    ids, seen, types = torch.full((len(shown), T), pad), torch.zeros(len(shown), T, dtype=torch.long), torch.zeros(len(shown), T, dtype=torch.long)
+    ids, seen, types = (torch.full((len(shown), T), fill) for fill in (pad, 0, 0))
     mask, at, last = torch.zeros(len(rows), R, dtype=torch.bool), [], []
     for i, row in enumerate(shown):
         start = T - length(row) if left else 0
@@ -312,8 +313,8 @@ def collate(rows, pad, device="cpu", left=False):
             mask[i, :len(row["response"])] = True
             at.append(torch.arange(i * T + prompt - 1, i * T + end - 1))
             last.append(i * T + end - 1)
-    batch = {"input_ids": ids, "attention_mask": seen, "mm_token_type_ids": types, "mask": mask, "last": torch.tensor(last, dtype=torch.long),
-             "at": torch.cat(at) if at else torch.tensor([], dtype=torch.long),
+    batch = {"input_ids": ids, "attention_mask": seen, "mm_token_type_ids": types, "mask": mask,
+             "last": torch.tensor(last, dtype=torch.long), "at": torch.cat(at) if at else torch.tensor([], dtype=torch.long),
              "tokens": torch.tensor([token for row in rows for token in row["response"]], dtype=torch.long)}
     for k in MEDIA:
         arrays = [torch.as_tensor(row[k]) for row in rows if k in row]
@@ -385,7 +386,7 @@ def make_engine(policy, zero, lr, device, weight_decay=0.0, clip_grad=1.0):
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     cuda = device.type == "cuda"
     if cuda and zero == 0:
-        raise ValueError("--zero is 0; legal on a GPU: 1, 2, 3 (DeepSpeed keeps float32 copies of bfloat16 weights from 1 on; on one GPU 1 cuts nothing)")
+        raise ValueError("--zero is 0; legal on a GPU: 1, 2, 3 (float32 copies of the weights begin at 1, which on one GPU cuts nothing)")
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
     config = {
         "train_micro_batch_size_per_gpu": 1, "managed_gradient_accumulation": False,  # update() decides when a step is due
@@ -425,7 +426,8 @@ def schedule(step, steps, peak, warmup, kind, floor=0.1):
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     done = (step - warmup) / max(1, steps - warmup)
-    return peak * {"constant": 1, "linear": 1 - (1 - floor) * done, "cosine": floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2}[kind]
+    left = {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[kind]
+    return peak * (floor + (1 - floor) * left)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -482,7 +484,8 @@ def shape_of(engine):
     """What a checkpoint and a run must share: the architecture, its size, the head and how it is cut up."""
     model = engine.module.model
     sizes = [getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters()]
-    return f"{model.config.model_type}, {len(sizes)} tensors, {sum(sizes)} parameters, head {engine.module.kind}, ZeRO {engine.zero_optimization_stage()}"
+    return (f"{model.config.model_type}, {len(sizes)} tensors, {sum(sizes)} parameters, head {engine.module.kind}, "
+            f"ZeRO {engine.zero_optimization_stage()}")
 
 
 def header(args, world, device):
@@ -546,8 +549,8 @@ class Log:
 # ---------------------------------------------------------------------------------------------------
 # What is learnt from a pair
 
-RECIPE = ("model", "head", "data", "val", "eval_n", "batch", "epochs", "lr", "warmup", "schedule", "weight_decay", "clip_grad", "seed", "context",
-          "min_pixels", "max_pixels", "freeze_vision")  # the flags that a run may not change half-way
+RECIPE = ("model", "head", "data", "val", "eval_n", "batch", "epochs", "lr", "warmup", "schedule", "weight_decay", "clip_grad", "seed",
+          "context", "min_pixels", "max_pixels", "freeze_vision")  # the flags that a run may not change half-way
 DROPPED = ("too long", "no annotation", "no critiques")  # why a pair is not trained on
 
 
@@ -585,10 +588,6 @@ class Items(torch.utils.data.Dataset):
             raise ValueError(f"{self.path}, line {i + 1} ({self.pairs[i]['id']}): an image cannot be read: {problem}") from None
 
 
-def as_it_is(item):  # a lambda could not be sent to worker processes that are not forked: the rule from Python 3.14 on
-    return item
-
-
 def check_files(path, pairs):
     """Says which line names an image that is not there, before hours have gone by."""
     for i, pair in enumerate(pairs, 1):  # read_pairs gives one pair a line
@@ -598,7 +597,7 @@ def check_files(path, pairs):
 
 
 def global_batches(pairs, numbers, size, epochs, seed):
-    """Lists of at most `size` numbers of pairs, one a step: shuffled anew each epoch, cut into near-equal parts, the longest pairs first."""
+    """Lists of at most `size` numbers of pairs, one a step: shuffled anew each epoch, near-equal in size, the longest pairs first."""
     batches, rng = [], random.Random(f"{seed} order")
     about = lambda i: len(pairs[i]["annotation"] or "") + len(pairs[i]["question"]) + sum(map(len, pairs[i]["responses"]))
     n, parts = len(numbers), -(-len(numbers) // size)
@@ -637,8 +636,9 @@ def generate(policy, processor, rows, max_new_tokens, budget):
         if not group:
             continue
         batch = collate(group, pad, model.device, left=True)
-        ids = model.generate(**{k: batch[k] for k in INPUTS if k in batch}, max_new_tokens=max_new_tokens, do_sample=False, temperature=None,
-                             top_p=None, top_k=None, repetition_penalty=1.0, suppress_tokens=ban, eos_token_id=end, pad_token_id=pad)
+        ids = model.generate(**{k: batch[k] for k in INPUTS if k in batch}, max_new_tokens=max_new_tokens, suppress_tokens=ban,
+                             do_sample=False, temperature=None, top_p=None, top_k=None, repetition_penalty=1.0,
+                             eos_token_id=end, pad_token_id=pad)
         for row, new in zip(group, ids[:, batch["input_ids"].shape[1]:].tolist()):
             found[row["number"]] = new[:new.index(end) + 1] if end in new else new
     return [found[i] for i in range(len(rows))]
@@ -667,7 +667,8 @@ def validate(engine, processor, pairs, context, budget, max_new_tokens):
     if head == "critic":  # its own critiques, not the annotator's
         rows = [row | {"response": []} for group in groups for row in group]
         rows = [row | {"response": ids} for row, ids in zip(rows, generate(policy, processor, rows, max_new_tokens, budget))]
-        own = [losses(engine, collate(batch, pad, device))[2] for batch in micro_batches([rows[i:i + 2] for i in range(0, len(rows), 2)], budget)]
+        twos = [rows[i:i + 2] for i in range(0, len(rows), 2)]
+        own = [losses(engine, collate(batch, pad, device))[2] for batch in micro_batches(twos, budget)]
         return found | {"val_accuracy": reduced(sum(own)) / max(1, n)}
     said = generate(policy, processor, [encode(processor, messages(pair)) for pair in mine], max_new_tokens, budget)
     verdicts = [parse(processor.tokenizer.decode(ids, skip_special_tokens=True)) for ids in said]
@@ -683,9 +684,9 @@ def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@")
     p.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)  # a file of flags: several on a line, # begins a comment
     g = p.add_argument_group("model")
-    g.add_argument("--model", default="Qwen/Qwen2.5-VL-7B-Instruct", help="folder or name of the base model; Qwen2-VL, Qwen2.5-VL, Qwen3-VL")
+    g.add_argument("--model", default="Qwen/Qwen2.5-VL-7B-Instruct", help="folder or name: a Qwen2-VL, Qwen2.5-VL or Qwen3-VL")
     g.add_argument("--head", choices=("scalar", "critic"), help="train a baseline of Table 5 instead; a model that has a head keeps it")
-    g.add_argument("--attn", default="sdpa", choices=("sdpa", "eager", "flash_attention_2"), help="attention; the last needs a GPU and flash-attn")
+    g.add_argument("--attn", default="sdpa", choices=("sdpa", "eager", "flash_attention_2"), help="the last needs a GPU and flash-attn")
     g.add_argument("--freeze_vision", action="store_true", help="leave the vision tower as it is")
     g.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=True,
                    help="compute activations again in the backward: a third more work, far less memory")
@@ -694,14 +695,14 @@ def parser():
     g.add_argument("--val", help="JSONL file of held-out pairs; none = --eval_n pairs of --data are held out")
     g.add_argument("--context", type=int, default=8192, help="tokens; longer pairs are dropped and counted")
     g.add_argument("--min_pixels", type=int, default=4 * 28 * 28, help="of an image or a frame; smaller ones are enlarged")
-    g.add_argument("--max_pixels", type=int, default=640 * 28 * 28, help="of an image or a frame; larger ones are reduced (ours: 640 tokens)")
+    g.add_argument("--max_pixels", type=int, default=640 * 28 * 28, help="of an image or a frame; 640 tokens (ours)")
     g.add_argument("--workers", type=int, default=4, help="processes per rank that decode images ahead; 0 = none")
     g = p.add_argument_group("optimisation")
     g.add_argument("--lr", type=float, default=1e-5, help="peak learning rate; 1e-5 in the paper")
     g.add_argument("--batch", type=int, default=256, help="pairs a step over all ranks, at most; 256 in the paper")
     g.add_argument("--epochs", type=int, default=1, help="1 in the paper")
     g.add_argument("--warmup", type=float, default=0.03, help="share of the steps with rising learning rate (ours)")
-    g.add_argument("--schedule", default="cosine", choices=("cosine", "linear", "constant"), help="after the warm-up, down to a tenth (ours)")
+    g.add_argument("--schedule", default="cosine", choices=("cosine", "linear", "constant"), help="down to a tenth (ours)")
     g.add_argument("--clip_grad", type=float, default=1.0, help="bound of the gradient's norm; 0 = none (ours)")
     g.add_argument("--weight_decay", type=float, default=0.0, help="of AdamW (ours)")
     g.add_argument("--seed", type=int, default=0, help="of the order of the pairs and a new head's weights")
@@ -713,7 +714,8 @@ def parser():
     g.add_argument("--save_every", type=int, default=50, help="steps between checkpoints; 0 = only the model at the end")
     g.add_argument("--tracker", default="none", choices=("none", "tensorboard", "wandb"), help="log there as well; must be installed")
     g = p.add_argument_group("system")
-    g.add_argument("--zero", type=int, default=2, choices=(0, 1, 2, 3), help="ZeRO stage; 0 only on a CPU; 3 when the weights do not fit, and then validation does not generate")
+    g.add_argument("--zero", type=int, default=2, choices=(0, 1, 2, 3),
+                   help="ZeRO stage; 0 only on a CPU; 3 when the weights do not fit, and then validation does not generate")
     g.add_argument("--micro_tokens", type=int, default=16384, help="padded tokens of a micro-batch; changes speed and memory, no result")
     return p
 
@@ -737,10 +739,11 @@ def main():
     batches = global_batches(pairs, order if args.val else order[args.eval_n:], args.batch, args.epochs, args.seed)
 
     # 3. where a run that was killed had got to
-    recipe = {k: v for k, v in vars(args).items() if k in RECIPE}
+    recipe = {k: vars(args)[k] for k in RECIPE}
     done, before = load_checkpoint(Path(args.out, "checkpoints"), engine)
     if done and before["recipe"] != recipe:
-        raise ValueError(f"--out {args.out} has a run with {before['recipe']}, not {recipe}; continue with its flags, or choose another --out")
+        raise ValueError(f"--out {args.out} has a run with {before['recipe']}, not {recipe}; "
+                         "continue with its flags, or choose another --out")
     if not done and Path(args.out, "config.json").exists():
         raise ValueError(f"--out {args.out} holds a model already; choose another, or remove it")
     log = Log(args.out, header(args, world, device), done, len(batches), args.tracker)
@@ -748,9 +751,10 @@ def main():
 
     # 4. train; each rank takes every world-th pair of a batch that is sorted by length, so that all have about as much to do
     shares = [batch[rank::world] for batch in batches[done:]]
+    ahead = 2 * args.batch // (world * args.workers) + 1 if args.workers else None  # two steps' worth among the workers
     items = iter(torch.utils.data.DataLoader(
-        Items(args.data, pairs, processor, policy.kind, args.context), batch_size=None, sampler=sum(shares, []), collate_fn=as_it_is,
-        num_workers=args.workers, prefetch_factor=2 * args.batch // (world * args.workers) + 1 if args.workers else None))
+        Items(args.data, pairs, processor, policy.kind, args.context), batch_size=None, sampler=sum(shares, []),
+        collate_fn=lambda item: item, num_workers=args.workers, prefetch_factor=ahead))
     validation = lambda: validate(engine, processor, held_out, args.context, args.micro_tokens, args.max_new_tokens) if held_out else {}
     if not done and held_out:
         log.row(0, **validation())

@@ -36,8 +36,8 @@ def make_policy(vocabulary, hidden, layers):
 
     config = Qwen2_5_VLConfig(
         text_config=dict(vocab_size=vocabulary, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
-                         num_attention_heads=hidden // 64, num_key_value_heads=hidden // 128, bos_token_id=None, eos_token_id=0, pad_token_id=0,
-                         rope_parameters={"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 1e6}),
+                         num_attention_heads=hidden // 64, num_key_value_heads=hidden // 128, bos_token_id=None, eos_token_id=0,
+                         pad_token_id=0, rope_parameters={"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 1e6}),
         vision_config=dict(depth=1, hidden_size=64, intermediate_size=64, num_heads=1, out_hidden_size=hidden, fullatt_block_indexes=[0]),
         image_token_id=1, video_token_id=2, vision_start_token_id=3, vision_end_token_id=4, tie_word_embeddings=False)
     torch.manual_seed(0)
@@ -92,13 +92,15 @@ def main():
         return
     found = {}
     for variant in VARIANTS:
-        done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--variant", variant], stdout=subprocess.PIPE, text=True, check=True)
+        words = [sys.executable, __file__, *sys.argv[1:], "--variant", variant]
+        done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
         found[variant] = json.loads(done.stdout.splitlines()[-1])
     full, ours = (found[v] for v in VARIANTS)
     print(f"{args.tokens} response tokens, vocabulary {args.vocabulary}, hidden {args.hidden}, {args.layers} layers, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     for variant, row in found.items():
-        print(f"{variant:12s} {row['seconds']:7.2f} s  {row['bytes'] / 2**30:6.2f} GiB  sum {row['sum']:.2f}  gradient norm {row['norm']:.6g}")
+        print(f"{variant:12s} {row['seconds']:7.2f} s  {row['bytes'] / 2**30:6.2f} GiB  "
+              f"sum {row['sum']:.2f}  gradient norm {row['norm']:.6g}")
     print(f"ratio        {ours['seconds'] / full['seconds']:7.2f}    {ours['bytes'] / full['bytes']:6.2f}")
 
 
