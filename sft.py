@@ -588,6 +588,10 @@ class Items(torch.utils.data.Dataset):
             raise ValueError(f"{self.path}, line {i + 1} ({self.pairs[i]['id']}): an image cannot be read: {problem}") from None
 
 
+def as_it_is(item):  # a lambda could not be sent to worker processes that are not forked: the rule from Python 3.14 on
+    return item
+
+
 def check_files(path, pairs):
     """Says which line names an image that is not there, before hours have gone by."""
     for i, pair in enumerate(pairs, 1):  # read_pairs gives one pair a line
@@ -753,8 +757,13 @@ def main():
     shares = [batch[rank::world] for batch in batches[done:]]
     ahead = 2 * args.batch // (world * args.workers) + 1 if args.workers else None  # two steps' worth among the workers
     items = iter(torch.utils.data.DataLoader(
+<<<<<<< ours
         Items(args.data, pairs, processor, policy.kind, args.context), batch_size=None, sampler=sum(shares, []),
         collate_fn=lambda item: item, num_workers=args.workers, prefetch_factor=ahead))
+=======
+        Items(args.data, pairs, processor, policy.kind, args.context), batch_size=None, sampler=sum(shares, []), collate_fn=as_it_is,
+        num_workers=args.workers, prefetch_factor=2 * args.batch // (world * args.workers) + 1 if args.workers else None))
+>>>>>>> theirs
     validation = lambda: validate(engine, processor, held_out, args.context, args.micro_tokens, args.max_new_tokens) if held_out else {}
     if not done and held_out:
         log.row(0, **validation())

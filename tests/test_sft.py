@@ -75,6 +75,7 @@ def rows(place, loaded):
 def in_a_process(pipe, words, environment):
     """What launch() forks: sft.main() with these words; the error, if any, goes into the pipe."""
     os.environ |= environment
+    multiprocessing.set_start_method("fork", force=True)  # of the workers that read pictures: else they begin from nothing, each time
     out = os.open(os.environ.get("SFT_OUTPUT", os.devnull), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
@@ -87,10 +88,16 @@ def in_a_process(pipe, words, environment):
         raise
 
 
+# Forked from a server that has imported what is slow and started nothing: a fork of pytest's own process, with the threads that other
+# tests have left in it, dies.
+CLEAN = multiprocessing.get_context("forkserver")
+CLEAN.set_forkserver_preload(["torch", "transformers", "sft"])
+
+
 def launch(*words, wait=True, **environment):
     """Run the script; returns the error's text, "" if there is none."""
     here, there = multiprocessing.Pipe()
-    process = multiprocessing.get_context("fork").Process(target=in_a_process, args=(there, words, environment))
+    process = CLEAN.Process(target=in_a_process, args=(there, words, environment))
     process.start()
     there.close()
     if not wait:
