@@ -757,13 +757,8 @@ def main():
     shares = [batch[rank::world] for batch in batches[done:]]
     ahead = 2 * args.batch // (world * args.workers) + 1 if args.workers else None  # two steps' worth among the workers
     items = iter(torch.utils.data.DataLoader(
-<<<<<<< ours
         Items(args.data, pairs, processor, policy.kind, args.context), batch_size=None, sampler=sum(shares, []),
-        collate_fn=lambda item: item, num_workers=args.workers, prefetch_factor=ahead))
-=======
-        Items(args.data, pairs, processor, policy.kind, args.context), batch_size=None, sampler=sum(shares, []), collate_fn=as_it_is,
-        num_workers=args.workers, prefetch_factor=2 * args.batch // (world * args.workers) + 1 if args.workers else None))
->>>>>>> theirs
+        collate_fn=as_it_is, num_workers=args.workers, prefetch_factor=ahead))
     validation = lambda: validate(engine, processor, held_out, args.context, args.micro_tokens, args.max_new_tokens) if held_out else {}
     if not done and held_out:
         log.row(0, **validation())
