@@ -46,24 +46,17 @@ import torch
 
 from annotate import Unusable, messages, read_pairs, swap
 from judge import Judge, JudgeDead
-from sft import (Log, collate, encode, gathered, header, load_checkpoint, load_policy, make_engine, micro_batches, read_media, reduced,
+from sft import (HF, Log, barred, collate, encode, gathered, header, load_checkpoint, load_policy, make_engine, micro_batches, read_media, reduced,
                  save_checkpoint, save_policy, setup, token_logps, update)
 from stable_reinforce import ALGORITHMS, KL, advantages, final_reward, format_reward, parse, result_reward, returns_to_go
 
 # ---------------------------------------------------------------------------------------------------
-# The rollout engines. generate(prompts, ...) -> [[sample, ...] a prompt]; a sample is {"ids", "logps", "finish"}.
+# The rollout engine. generate(prompts, ...) -> [[sample, ...] a prompt]; a sample is {"ids", "logps"}. The other engine is sft.HF.
 
 
 def seed_of(*what):
     """A 31-bit seed of anything that prints: the same whatever the number of ranks."""
     return int.from_bytes(hashlib.sha256(repr(what).encode()).digest()[:4], "big") >> 1
-
-
-def barred(processor, vocabulary):
-    """Ids that must not be sampled: markers of images and videos (the trainer would look for pictures there), padding of the vocabulary."""
-    tokenizer = processor.tokenizer
-    special = {i for token, i in tokenizer.get_vocab().items() if token.startswith("<|") and ("vision" in token or "_pad" in token)}
-    return sorted(special | set(range(len(tokenizer), vocabulary)))
 
 
 class VLLM:
@@ -107,8 +100,8 @@ class VLLM:
             if list(out.prompt_token_ids) != row["prompt"]:
                 raise RuntimeError(f"vLLM read a prompt of {len(out.prompt_token_ids)} tokens where the processor makes {len(row['prompt'])}: "
                                    "the two see different pictures (sizes, number of images) or different templates")
-        return [[{"ids": list(o.token_ids), "logps": [next(iter(step.values())).logprob for step in o.logprobs], "finish": o.finish_reason}
-                 for o in out.outputs] for out in outputs]
+        return [[{"ids": list(o.token_ids), "logps": [next(iter(step.values())).logprob for step in o.logprobs]} for o in out.outputs]
+                for out in outputs]
 
     def weights(self, policy):
         """(name, tensor) of every parameter, the tied ones twice: without lm_head the sync would succeed and be wrong."""
@@ -134,37 +127,6 @@ class VLLM:
         if self.gpu:  # level 2: the weights come back by the next sync
             torch.cuda.synchronize()
             self.llm.sleep(level=2)
-
-
-class HF:
-    """The slow second engine: transformers' generate on the trainer's own weights. Needs no vLLM, and no sync."""
-
-    def __init__(self, policy, processor, device):
-        self.policy, self.pad, self.eos, self.device = policy, processor.tokenizer.pad_token_id, processor.tokenizer.eos_token_id, device
-        self.barred = barred(processor, policy.model.config.get_text_config().vocab_size)
-
-    @torch.no_grad()
-    def generate(self, prompts, seeds, n=1, temperature=1.0, max_tokens=1024, batch=32):
-        model, out = self.policy.model, []
-        rows = [row | {"response": []} for row in prompts for _ in range(n)]
-        recompute, model.config.use_cache = model.is_gradient_checkpointing, True
-        for i in range(0, len(rows), batch):
-            inputs = collate(rows[i:i + batch], self.pad, self.device, left=True)
-            inputs = {k: v for k, v in inputs.items() if k not in ("mask", "at", "last", "tokens")}
-            torch.manual_seed(seeds[i // n])  # a batch has one seed: samples repeat for the same batch only
-            how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
-            ids = model.generate(**inputs, max_new_tokens=max_tokens, suppress_tokens=self.barred, eos_token_id=self.eos, pad_token_id=self.pad,
-                                 repetition_penalty=1.0, **how)[:, inputs["input_ids"].shape[1]:].tolist()
-            out += [line[:line.index(self.eos) + 1] if self.eos in line else line for line in ids]
-        model.config.use_cache = not recompute
-        samples = [{"ids": ids, "logps": None, "finish": "stop" if ids[-1:] == [self.eos] else "length"} for ids in out]
-        return [samples[i * n:(i + 1) * n] for i in range(len(prompts))]
-
-    def sync(self, policy):
-        pass
-
-    def sleep(self):
-        pass
 
 
 # ---------------------------------------------------------------------------------------------------

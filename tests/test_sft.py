@@ -455,7 +455,7 @@ def test_the_exported_folder_loads_in_vllm_and_says_the_same(place, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     again, processor = sft.load_policy(tmp_path / "saved", dtype=torch.float32)
     rows = [sft.encode(processor, messages(pair)) for pair in read_pairs(tmp_path / "pairs.jsonl")]
-    ours = sft.generate(again, processor, rows, 16, 10**4)
+    ours = [sample["ids"] for sample, in sft.HF(again, processor, "cpu").generate(rows, temperature=0.0, max_tokens=16)]
     for (prompt, said), row, ids in zip(json.loads((tmp_path / "said.json").read_text()), rows, ours):
         assert prompt == row["prompt"] and said == ids
     torch.testing.assert_close(again.head.state_dict(), policy.head.state_dict(), atol=0, rtol=0)
