@@ -441,7 +441,7 @@ def test_a_server_that_takes_a_second_is_kept_busy(tmp_path):
 
 def test_a_pair_that_gets_no_answer_waits_for_the_next_run(tmp_path, capsys):
     """It is in no set, costs nothing else, and the command says so; the next run asks for it alone."""
-    path = mine(tmp_path, plain(12))
+    path = mine(tmp_path, plain(40))
     with annotator("--p_500", "0.4") as it, pytest.raises(SystemExit, match="pairs got no answer .*; the same command asks"):
         own(path, tmp_path / "out", "--concurrency", 20, url=it.url)  # so many failures in a row would stop the run: 0.4 ** 20
     attempts = [p["attempts"] for p in read_pairs(tmp_path / "out/pairs.jsonl")]
@@ -450,7 +450,7 @@ def test_a_pair_that_gets_no_answer_waits_for_the_next_run(tmp_path, capsys):
     done = len(lines(tmp_path / "out/journal.jsonl")) - 1
     with annotator() as it:
         own(path, tmp_path / "out", url=it.url)
-        assert it.stats["requests"] == 36 - done
+        assert it.stats["requests"] == 120 - done
     assert {p["attempts"] for p in read_pairs(tmp_path / "out/pairs.jsonl")} == {4}
 
 
