@@ -53,7 +53,7 @@ from pathlib import Path
 import torch
 
 from annotate import Unanswered, Unusable, as_sent, keep, locate, messages, table_rows, turn
-from judge import Judge, coin
+from judge import ConsistencyJudge, coin
 from rl import (FREE, advantages_of, assert_same, curves, keep_rows, loop_flags, loss_function, mismatch, old_logps, prepare,
                 rewards_or_stop, rollout, seed_of, shown_pairs, train_step, validate)
 from sft import Log, encode, header, load_checkpoint, read_media, reduced, save_checkpoint, save_policy, setup
@@ -194,7 +194,7 @@ PREFIX = "<think></think><answer>"  # --verdict token: what comes next is the ve
 
 
 class RewardModel:
-    """What judge.Judge asks in place of an endpoint: a duel in, the probability of its first answer out, as a text."""
+    """What judge.ConsistencyJudge asks in place of an endpoint: a duel in, the probability of its first answer out, as a text."""
 
     def __init__(self, endpoint, args):
         self.endpoint, self.args = endpoint, args
@@ -229,7 +229,7 @@ class RewardModel:
         return {"text": str(one / (one + two)) if known else "none", "tokens": used}
 
 
-class Duels(Judge):
+class Duels(ConsistencyJudge):
     """judge.py's judge, for duels: concurrent, each different duel asked once, patient, and dead when nothing comes."""
 
     def __init__(self, args, seed=0):

@@ -75,7 +75,7 @@ class JudgeDead(RuntimeError):
     """No reply came for --judge_patience seconds."""
 
 
-class Judge:
+class ConsistencyJudge:
     """submit(texts) -> a future of [1 | 0 | None]. Calls run in a thread of their own, so that the trainer computes meanwhile."""
 
     @staticmethod
@@ -187,7 +187,7 @@ def parser():
     p.add_argument("--data", required=True, help='JSONL with a "text" a row, a whole judgement, and perhaps "label": 1 = consistent, 0 = not')
     p.add_argument("--out", help='JSONL to write: the rows with "consistency" added, 1, 0 or null; none = only the summary')
     p.add_argument("--seed", type=int, default=0, help="of --judge random and --judge_noise")
-    Judge.add_flags(p.add_argument_group("judge"))
+    ConsistencyJudge.add_flags(p.add_argument_group("judge"))
     return p
 
 
@@ -196,7 +196,7 @@ def main():
     args = p.parse_args()
     try:
         rows = read_texts(args.data)
-        judge = Judge(args, args.seed)
+        judge = ConsistencyJudge(args, args.seed)
         start = time.time()
         says = judge.consistency([row["text"] for row in rows])
     except (ValueError, OSError, JudgeDead) as problem:

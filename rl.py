@@ -45,7 +45,7 @@ from pathlib import Path
 import torch
 
 from annotate import Unusable, messages, read_pairs, swap
-from judge import Judge, JudgeDead
+from judge import ConsistencyJudge, JudgeDead
 from sft import (HF, Log, barred, collate, encode, gathered, header, load_checkpoint, load_policy, make_engine, micro_batches, read_media, reduced,
                  save_checkpoint, save_policy, setup, token_logps, update)
 from stable_reinforce import ALGORITHMS, KL, advantages, final_reward, format_reward, parse, result_reward, returns_to_go
@@ -485,7 +485,7 @@ def parser():
     add = p.add_argument_group("reward (Eq. 1, Eq. 2)").add_argument
     add("--consistency_weight", type=float, default=0.5, help="lambda of Table 7 (0.5 in the paper)")
     add("--reward_form", choices=["gated", "external"], default="gated", help="gated: Eq. 2; external: Eq. 1")
-    Judge.add_flags(p.add_argument_group("judge"))
+    ConsistencyJudge.add_flags(p.add_argument_group("judge"))
     loop_flags(p)
     add = p.add_argument_group("log, checks, checkpoints").add_argument
     add("--eval_every", type=int, default=10, help="steps between held-out accuracies, with --eval_data")
@@ -557,7 +557,7 @@ def main():
     if args.check:
         sys.exit(0 if check(engine, trainer, processor, pairs[group:8 * groups:groups], args, device, rank) else 1)
 
-    judge, loader = Judge(args, args.seed), ThreadPoolExecutor(1)
+    judge, loader = ConsistencyJudge(args, args.seed), ThreadPoolExecutor(1)
     loss, mean = loss_function(args)
     updates = args.rollout_batch * args.samples // args.train_batch
     steps = args.steps or math.ceil(args.passes * len(pairs) * (2 if args.both_orders else 1) / args.rollout_batch)

@@ -110,7 +110,7 @@ class Said:
 
 def rewards(rows, *words):
     a = args("--judge", "rule", *words)
-    judge = rl.Judge(a)
+    judge = rl.ConsistencyJudge(a)
     found, parts = rl.score(rows, judge, a)()
     return [round(r, 3) for r in found.tolist()], judge.counts["asked"]
 

@@ -102,12 +102,18 @@ def figure(settings, path):
     plt.close(canvas)
 
 
-def setting(text):
-    name, _, prefix = text.partition("=")
+def runs_of(name, prefix):
     folders = sorted(path.parent for path in Path(prefix).parent.glob(Path(prefix).name + "*/log.jsonl"))
     if not folders:
-        raise argparse.ArgumentTypeError(f"{text!r}; legal: NAME=FOLDER/PREFIX, where folders of runs with a log.jsonl begin with it")
-    return name, folders
+        sys.exit(f"{name}={prefix}: no run there; legal: NAME=FOLDER/PREFIX, where the folders of runs, each with a log.jsonl, begin so")
+    return [run_of(folder) for folder in folders]
+
+
+def setting(text):
+    name, equals, prefix = text.partition("=")
+    if not (name and equals and prefix):
+        raise argparse.ArgumentTypeError(f"{text!r}; legal: NAME=FOLDER/PREFIX")
+    return name, prefix
 
 
 def parser():
@@ -119,7 +125,7 @@ def parser():
 
 def main():
     args = parser().parse_args()
-    settings = {name: [run_of(folder) for folder in folders] for name, folders in args.settings}
+    settings = {name: runs_of(name, prefix) for name, prefix in args.settings}
     print(table(settings))
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
