@@ -129,10 +129,10 @@ def test_the_groups_of_vl_reward_bench_in_any_case():
 
 def test_the_columns_of_multimodal_reward_bench():
     r = {"Text": "Q", "Image": "", "Output1": "a", "Output2": "b", "Better": "Output2"}
-    column = lambda id, category: ev.multimodal_reward_bench(r | {"ID": id, "Category": category}, ".")[-1]["columns"]
+    column = lambda id, category: ev.multimodal_reward_bench(r | {"ID": id, "Category": category})[-1]["columns"]
     assert [column("mathvista_3", "reasoning"), column("EMMA-Coding_1", "reasoning"), column("PAIRS_1", "safety"), column("hateful_1", "safety"),
             column("nocaps_1", "open_generation/preference_task")] == ["math", "coding", "safety", "toxicity", "preference"]
-    assert ev.multimodal_reward_bench(r | {"ID": "a", "Category": "vqa"}, ".")[3] == 2
+    assert ev.multimodal_reward_bench(r | {"ID": "a", "Category": "vqa"})[3] == 2
 
 
 def test_rows_with_the_same_id_are_both_judged(toy, tmp_path):
@@ -149,7 +149,7 @@ def test_frames_are_in_the_order_of_their_numbers(tmp_path):
     for n in (10, 9, 2, 1):
         (tmp_path / "clip").mkdir(exist_ok=True)
         (tmp_path / "clip" / f"frame_{n}.png").write_bytes(b"")
-    assert [Path(p).stem for p in ev.media(tmp_path, video="clip")["video"]] == ["frame_1", "frame_2", "frame_9", "frame_10"]
+    assert [Path(p).stem for p in ev.media(tmp_path, tmp_path, video="clip")["video"]] == ["frame_1", "frame_2", "frame_9", "frame_10"]
 
 
 @pytest.mark.parametrize("bench, change, says_so", [
@@ -416,9 +416,9 @@ def test_the_interval_of_a_share():
 def test_compared_runs_share_their_noise():
     rows, args = [row(i) for i in range(300)], args_of("--samples", 2)
     values = {p: ev.evaluate("pairs", rows, judged(rows, args, random_judge(1, p)), args)[1] for p in (0.6, 0.7)}
-    same = ev.compare(rows, values[0.6], values[0.6])["one sample"]
+    same = ev.compare(values[0.6], values[0.6])["one sample"]
     assert same["rows"] == 300 and same["overall"] == [0, 0, 0, 1.0]
-    better = ev.compare(rows, values[0.7], values[0.6])["one sample"]["overall"]
+    better = ev.compare(values[0.7], values[0.6])["one sample"]["overall"]
     assert better[0] == pytest.approx(10, abs=4) and 0 < better[1] < better[2] and better[3] <= 0.01
 
 
@@ -466,9 +466,9 @@ def test_early_stopping_draws_what_the_replay_of_all_samples_would(orders):
     assert drawn.items() <= full.items() and len(drawn) < len(full) / 2
     cost = []
     for r in rows:
-        sequence = ev.picks(r, ev.plan(r, every), full)
+        sequence = [ev.picked(j) for j in ev.so_far(r, full, every)]
         n = next(n for n in range(1, 17) if ev.stopped(sequence[:n], 16) is not False)
-        assert len(ev.picks(r, ev.plan(r, online), drawn)) == n == sum(at[1] == r["row"] for at in drawn)
+        assert len(ev.so_far(r, drawn, online)) == n == sum(at[1] == r["row"] for at in drawn)
         cost.append(n)
     result, _ = ev.evaluate("pairs", rows, drawn, online)
     assert result["about"]["early stopping: samples"] == pytest.approx(np.mean(cost), abs=0.001)
@@ -687,7 +687,7 @@ import json, sys
 import evaluate as ev
 folder, data, out = sys.argv[1:]
 args = ev.check_args(ev.parser().parse_args(["--bench", f"pairs={data}", "--model", folder, "--out", out, "--samples", "8", "--max_new_tokens", "24",
-                                             "--max_model_len", "1024", "--group", "medium"]))
+                                             "--context", "1024", "--group", "medium"]))
 rows = ev.read_rows(args)["pairs"]
 answers = ev.backend(args)
 done = {}
