@@ -54,7 +54,8 @@ from pathlib import Path
 import torch
 
 from annotate import (JUDGING_PROMPT, Endpoint, Unanswered, Unusable, as_sent, at_least, check_pair, data_url, each_pair, frames,
-                      json_lines, locate, messages, table_rows, turn, whole)
+                      json_lines, keep, locate, messages, table_rows, turn, whole)
+from annotate import table as markdown
 from sft import collate, critique_of, encode, generate, load_policy, micro_batches, read_media
 from stable_reinforce import parse
 
@@ -64,12 +65,7 @@ from stable_reinforce import parse
 
 
 def vl_group(id, any_case=True):
-    """
-    VL-RewardBench's group of an id, by its first word.
-
-    >>> vl_group("RLAIF-V-12"), vl_group("RLAIF-V-12", any_case=False)    # deviation 3
-    ('hallucination', 'general')
-    """
+    """VL-RewardBench's group of an id, by its first word. The paper's rule looks for small letters alone (deviation 3)."""
     word = re.split("[-_]", id.lower() if any_case else id)[0]
     return "hallucination" if word in ("rlaif", "rlhf", "hallucination") else "reasoning" if word in ("mathverse", "mmmu") else "general"
 
@@ -110,25 +106,16 @@ PUBLISHED = {  # rows of each group
     "MM-RLHF-RewardBench": {"category": {"mcq": 42, "long": 37, "short": 34, "safety": 32, "video": 25}}}
 
 
-def stored(data, out):
-    """The path of a picture that lay inside a table: it is written once, under a name of its content."""
-    file = Path(out, "media", f"{hashlib.sha256(data).hexdigest()[:32]}.img")
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}")
-        part.write_bytes(data)
-        part.rename(file)
-    return str(file)
-
-
 def media(folder, out, image=None, video=None):
-    """What a row names -> images and video of a pair. What is not there keeps a path, which is then reported."""
+    """What a row names -> images and video of a pair. A picture inside a table goes to out/media; what is not there keeps its path."""
     place = lambda name: locate(folder, name) or os.path.join(folder, name)
     if isinstance(image, dict):  # a parquet's cell
-        images = [stored(image["bytes"], out) if image["bytes"] else place(image["path"])]
+        kept = keep(image["bytes"], Path(out, "media")) if image["bytes"] else [place(image["path"])]
+        if isinstance(kept, str):
+            raise LookupError(kept)
     else:
-        images = [place(image)] if image else []
-    return {"images": images, "video": (frames(place(video)) or [place(video)]) if video else None}  # deviation 5
+        kept = [place(image)] if image else []
+    return {"images": list(kept[:1]), "video": (frames(place(video)) or [place(video)]) if video else None}  # deviation 5
 
 
 def bench_rows(name, path, out, group="source"):
@@ -171,10 +158,7 @@ def read_rows(args):
 
 
 def fits(rows):
-    """
-    z-score of: questions share more words with their own answers than with those of the row half the list away. Near 0 says that
-    questions and answers were joined wrongly. None: too few words to tell.
-    """
+    """z-score: do questions share more words with their own answers than with those half the list away? None: too few words to tell."""
     words = lambda text: {w for w in re.findall(r"\w+", text.lower()) if len(w) > 3}
     asked, said = [words(r["question"]) for r in rows], [words(" ".join(r["responses"])) for r in rows]
     far = said[len(rows) // 2:] + said[:len(rows) // 2]
@@ -215,6 +199,9 @@ FIELDS = {"bench": str, "row": int, "id": str, "order": int, "sample": int, "tex
           "logp1": (float, type(None)), "logp2": (float, type(None)), "tokens": int, "finish": str}
 address = lambda row: (row["bench"], row["row"])
 where = lambda j: (*address(j), j["order"], j["sample"])
+picked = lambda j: j["choice"] and (3 - j["choice"] if j["order"] else j["choice"])  # 1 or 2 as the row lists its answers; None: no verdict
+# the flags that a judgement depends on
+MADE_BY = ("model", "base_url", "scores", "temperature", "max_new_tokens", "max_pixels", "early_stop", "seed")
 
 
 def read_judgements(folder):
@@ -251,10 +238,6 @@ class Journal:
         self.file.flush()
 
 
-# the flags that a judgement depends on
-MADE_BY = ("model", "base_url", "scores", "temperature", "max_new_tokens", "max_pixels", "early_stop", "seed")
-
-
 def settle(args, benches, done, rank=0):
     """Keeps rows and configuration beside the judgements. Two configurations never meet in one file; another --samples or --orders may."""
     digest = lambda *parts: hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
@@ -283,20 +266,15 @@ Job = namedtuple("Job", "row order first count")  # samples first .. first + cou
 
 
 def plan(row, args):
-    """The (order, sample) of a row's n samples, in the sequence in which early stopping takes them (deviation 8)."""
+    """The places of a row's judgements (see where()), in the sequence in which early stopping takes them (deviation 8)."""
     if args.orders == "both":
-        return [((row["row"] + t) % 2, t // 2) for t in range(args.samples)]
-    return [(0 if args.orders == "dataset" else row["choice"] - 1, t) for t in range(args.samples)]
+        return [(*address(row), (row["row"] + t) % 2, t // 2) for t in range(args.samples)]
+    return [(*address(row), 0 if args.orders == "dataset" else row["choice"] - 1, t) for t in range(args.samples)]
 
 
 def so_far(row, done, args):
     """A row's judgements in the sequence of its plan, up to the first that is not there."""
-    return [done[at] for at in takewhile(done.__contains__, ((*address(row), *at) for at in plan(row, args)))]
-
-
-def picked(j):
-    """The answer that a judgement picks, 1 or 2 as the row lists them; None: no verdict."""
-    return j["choice"] and (3 - j["choice"] if j["order"] else j["choice"])
+    return [done[at] for at in takewhile(done.__contains__, plan(row, args))]
 
 
 def stopped(found, limit, run=3):
@@ -317,9 +295,10 @@ def due(row, done, args):
     ahead, jobs = plan(row, args), []
     if args.early_stop:
         found = [picked(j) for j in so_far(row, done, args)]
-        equal = next((i for i, p in enumerate(found[::-1]) if p is None or p != found[-1]), len(found))  # so many in a row
-        ahead = ahead[len(found):len(found) + 3 - min(equal, 2)] if stopped(found, args.samples) is False else []
-    for order, sample in sorted(at for at in ahead if (*address(row), *at) not in done):
+        hope = found + ([p for p in found[-1:] if p] or [1]) * 3  # what would end it soonest
+        end = next(n for n in range(len(found), len(hope) + 1) if stopped(hope[:n], args.samples) is not False)
+        ahead = ahead[len(found):end]
+    for *_, order, sample in sorted(at for at in ahead if at not in done):
         if jobs and (jobs[-1].order, jobs[-1].first + jobs[-1].count) == (order, sample):
             jobs[-1] = jobs[-1]._replace(count=jobs[-1].count + 1)
         else:
@@ -360,13 +339,7 @@ def seed_of(job, args):
 
 
 def verdict_at(n, piece, text):
-    """
-    The index among n tokens of the one that is the verdict: the first digit met when walking back from the last </answer>.
-
-    >>> said = ["<answer", ">", " ", "1", "</", "answer", ">\\n", "So 2", "."]
-    >>> verdict_at(len(said), said.__getitem__, "".join(said))
-    3
-    """
+    """The index among n tokens of the one that is the verdict: the first digit met when walking back from the last </answer>."""
     tail, closed = "", False
     for t in range(n - 1, -1, -1) if parse(text).choice else ():
         if closed and piece(t).strip() in ("1", "2"):
@@ -390,12 +363,11 @@ def load_vllm(args):
         first = int(torchrun["LOCAL_RANK"]) * args.tensor_parallel
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[first:first + args.tensor_parallel])
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    special = {}
-    if not torch.cuda.is_available():
+    special = {} if torch.cuda.is_available() else dict(  # on a CPU a seeded request whose prompt is read in pieces stops the engine
+        enforce_eager=True, dtype="float32", enable_chunked_prefill=False, max_num_batched_tokens=max(8192, args.context))
+    if special:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-        # on a CPU a seeded request whose prompt is read in pieces stops the engine
-        special = dict(enforce_eager=True, dtype="float32", enable_chunked_prefill=False, max_num_batched_tokens=max(8192, args.context))
     from transformers import AutoProcessor
     from vllm import LLM
 
@@ -455,22 +427,24 @@ def engine(args):
 
 def endpoint(args):
     """An OpenAI-compatible server, --concurrency jobs at a time; log-probabilities if it gives them, which few do."""
-    server, loop, extra = Endpoint(args.base_url, timeout=600, retries=8), asyncio.new_event_loop(), {"logprobs": True, "top_logprobs": 5}
+    server, loop = Endpoint(args.base_url, timeout=600, retries=8), asyncio.new_event_loop()
+    fixed = {"temperature": args.temperature, "max_completion_tokens": args.max_new_tokens}
+    extra = {"logprobs": True, "top_logprobs": 5}
     threading.Thread(target=loop.run_forever, daemon=True).start()  # of its own: the caller, a notebook say, may have one running
 
     async def one(shown, seed):
         more = dict(extra)
         try:
-            reply = await server.ask(args.model, shown, temperature=args.temperature, seed=seed, max_completion_tokens=args.max_new_tokens, **more)
+            reply = await server.ask(args.model, shown, seed=seed, **fixed, **more)
         except Unanswered as refused:
             if more and "logprobs" in str(refused):
                 extra.clear()  # it has none to give
                 return await one(shown, seed)
             raise Unusable(f"--base_url {args.base_url}: {refused.args[0]}") from None
-        text, pieces = reply["text"], reply.get("logprobs", [])
-        at = verdict_at(len(pieces), lambda t: pieces[t]["token"], text)
+        pieces = reply.get("logprobs", [])
+        at = verdict_at(len(pieces), lambda t: pieces[t]["token"], reply["text"])
         seen = {} if at is None else {option["token"].strip(): float(option["logprob"]) for option in pieces[at]["top_logprobs"][::-1]}
-        return output_of(text, reply["tokens"][1] or len(pieces), reply["finish"], seen.get("1"), seen.get("2"))
+        return output_of(reply["text"], reply["tokens"][1] or len(pieces), reply["finish"], seen.get("1"), seen.get("2"))
 
     async def ask(job):
         shown = await asyncio.to_thread(as_sent, messages(job.row, job.order), args.max_pixels or 2**62, max_frames=32)
@@ -549,14 +523,8 @@ def heads(args, budget=16384):
     return rewarded(reward)
 
 
-def has_head(args):
-    return not args.base_url and Path(args.model, "reward_head").is_dir()
-
-
-def backend(args):
-    return (scores if args.scores else endpoint if args.base_url else heads if has_head(args) else engine)(args)
-
-
+has_head = lambda args: not args.base_url and Path(args.model, "reward_head").is_dir()
+backend = lambda args: (scores if args.scores else endpoint if args.base_url else heads if has_head(args) else engine)(args)
 Judged = namedtuple("Judged", "choice probability votes reasoning")
 
 
@@ -607,52 +575,36 @@ class Judge:
 # Scores. First test-time scaling, as pure functions of counts = ((right, wrong, none), ...): a row's samples with the better answer
 # shown first, then second; or those of one order alone. ks = how many samples are taken of each.
 
-
-@cache
-def draws(right, wrong, none, k):
-    """{(right, wrong): probability} among k of the samples, drawn without putting back."""
-    ways = math.comb(right + wrong + none, k)
-    return {(r, w): math.comb(right, r) * math.comb(wrong, w) * math.comb(none, k - r - w) / ways
-            for r in range(min(right, k) + 1) for w in range(max(0, k - r - none), min(wrong, k - r) + 1)}
+TRIVIAL = ("always 1", "longer answer", "shorter answer", "coin")
+# Does the reasoning go back on itself (C.6)? By telltale words: a hint where to look, no measurement.
+DOUBTS = re.compile(r"wait[,.:!]|re-?(?:read|check|exam)|re-eval|reconsider|recalculat|second thought|look again|made a mistake"
+                    r"|correct myself", re.I)
 
 
 @cache
-def vote(counts, ks):
+def chances(counts, ks):
     """
-    (probability that the majority is right, probability of a tie), over all subsets; a tie counts one half, no vote 0 (deviation 7).
+    Over all subsets of so many samples: the probabilities that the majority is right, that it is a tie, that any sample is right.
+    A tie counts one half, no vote 0 (deviation 7).
 
-    >>> vote(((2, 1, 0),), (3,)), vote(((1, 0, 1), (0, 1, 1)), (1, 1))
-    ((1.0, 0.0), (0.375, 0.25))
+    >>> chances(((2, 1, 0),), (3,)), chances(((1, 0, 1), (0, 1, 1)), (1, 1))
+    ((1.0, 0.0, 1.0), (0.375, 0.25, 0.5))
     """
-    margins = {(0, False): 1.0}  # (right - wrong, is there any vote)
-    for c, k in zip(counts, ks):
-        step = defaultdict(float)
-        for (margin, any_vote), p in margins.items():
-            for (r, w), q in draws(*c, k).items():
-                step[margin + r - w, any_vote or r + w > 0] += p * q
-        margins = step
-    tie = margins.get((0, True), 0.0)
-    return sum(p for (margin, _), p in margins.items() if margin > 0) + tie / 2, tie
-
-
-@cache
-def any_right(counts, ks):
-    """
-    Probability that at least one sample is right. A coin has 1 - 2^-k.
-
-    >>> any_right(((1, 3, 0),), (2,))
-    0.5
-    """
-    return 1 - math.prod(math.comb(sum(c) - c[0], k) / math.comb(sum(c), k) for c, k in zip(counts, ks))
+    found = {(0, 0): 1.0}  # (right, wrong): probability
+    for (right, wrong, none), k in zip(counts, ks):
+        step, ways = defaultdict(float), math.comb(right + wrong + none, k)
+        for r in range(min(right, k) + 1):
+            for w in range(max(0, k - r - none), min(wrong, k - r) + 1):
+                p = math.comb(right, r) * math.comb(wrong, w) * math.comb(none, k - r - w) / ways  # drawn without putting back
+                for (a, b), q in found.items():
+                    step[a + r, b + w] += p * q
+        found = step
+    tie = sum(p for (r, w), p in found.items() if r == w > 0)
+    return sum(p for (r, w), p in found.items() if r > w) + tie / 2, tie, sum(p for (r, _), p in found.items() if r)
 
 
 def shares(orders, k):
-    """
-    k samples shared among the orders: in halves; of an odd k either order has the odd one.
-
-    >>> shares(1, 5), shares(2, 4), shares(2, 5)
-    ([(5,)], [(2, 2)], [(2, 3), (3, 2)])
-    """
+    """k samples shared among the orders: in halves; of an odd k either order has the odd one: shares(2, 5) = [(2, 3), (3, 2)]."""
     return [(k,)] if orders == 1 else sorted({(k // 2, k - k // 2), (k - k // 2, k // 2)})
 
 
@@ -666,25 +618,21 @@ def early_stop(counts, start=0, limit=None, run=3):
     >>> [round(sum(early_stop(coin(p), limit=16)[1][0]), 2) for p in (.5, .7, .9)]
     [6.74, 5.61, 3.7]
     """
-    limit = min(limit or math.inf, sum(map(sum, counts)))
-    flat, sides = [n for c in counts for n in c], len(counts)  # kind i % 3 of order i // 3
-
-    @cache
-    def go_on(drawn, last, length):
-        t, used = sum(drawn), [0.0] * len(flat)
-        if length == run:
-            return float(last == 0), used
-        if t == limit:
+    flat, limit = [n for c in counts for n in c], min(limit or math.inf, sum(map(sum, counts)))  # kind i % 3 of order i // 3
+    states, accuracy, used = {((0,) * len(flat), None, 0): 1.0}, 0.0, [0.0] * len(flat)  # {(drawn, last kind, alike in a row): probability}
+    for t in range(limit + 1):
+        step = defaultdict(float)
+        for (drawn, last, length), p in states.items():
             right, wrong = sum(drawn[0::3]), sum(drawn[1::3])
-            return (0.5 if right == wrong > 0 else float(right > wrong)), used
-        here = [i for i in range(len(flat)) if i // 3 == (start + t) % sides and flat[i] > drawn[i]]
-        left, accuracy = sum(flat[i] - drawn[i] for i in here), 0.0
-        for i in here:
-            p, kind = (flat[i] - drawn[i]) / left, i % 3
-            a, more = go_on(drawn[:i] + (drawn[i] + 1,) + drawn[i + 1:], kind, 0 if kind == 2 else length + 1 if kind == last else 1)
-            accuracy, used = accuracy + p * a, [u + p * (m + (i == k)) for k, (u, m) in enumerate(zip(used, more))]
-        return accuracy, used
-    accuracy, used = go_on((0,) * len(flat), None, 0)
+            if length == run or t == limit:
+                accuracy += p * (last == 0 if length == run else 0.5 if right == wrong > 0 else right > wrong)
+                used = [u + p * n for u, n in zip(used, drawn)]
+                continue
+            left = {i: flat[i] - drawn[i] for i in range(len(flat)) if i // 3 == (start + t) % len(counts) and flat[i] > drawn[i]}
+            for i, n in left.items():
+                alike = 0 if i % 3 == 2 else length + 1 if i % 3 == last else 1
+                step[drawn[:i] + (drawn[i] + 1,) + drawn[i + 1:], i % 3, alike] += p * n / sum(left.values())
+        states = step
     return accuracy, tuple(tuple(used[i:i + 3]) for i in range(0, len(used), 3))
 
 
@@ -723,15 +671,16 @@ class Tally:
             self.rows.append(row)
             self.used += its
         at, place, kind, self.right, self.wrong, tokens = np.array(columns).reshape(-1, 6).T
-        self.at, self.place, self.kind = (numbers.astype(int) for numbers in (at, place, kind))
+        self.at, self.kind = at.astype(int), kind.astype(int)
         self.counts, self.tokens = np.zeros((len(self.rows), 2, 3), int), np.zeros((len(self.rows), 2, 3))  # (R, place, kind)
-        np.add.at(self.counts, (self.at, self.place, self.kind), 1)
-        np.add.at(self.tokens, (self.at, self.place, self.kind), tokens)
+        for sums, values in ((self.counts, 1), (self.tokens, tokens)):
+            np.add.at(sums, (self.at, place.astype(int), self.kind), values)
         self.sides = [tuple(tuple(c) for c in row if any(c)) for row in self.counts.tolist()]  # of the orders there are
 
-    def line(self, function, variants):
+    def chances(self, k):
+        """(V, R, 3): chances() of each row."""
         import numpy as np
-        return np.array([[function(counts, variant) for counts in self.sides] for variant in variants])
+        return np.array([[chances(counts, ks) for counts in self.sides] for ks in shares(self.orders, k)])
 
 
 def lines(tally, args):
@@ -751,9 +700,8 @@ def lines(tally, args):
     if args.early_stop:
         out[f"early stopping, at most {args.samples}"] = np.array([[accuracy for accuracy, _, _ in tally.online]])
     elif n > 2:
-        out |= {f"voting@{k}": tally.line(lambda c, ks: vote(c, ks)[0], shares(tally.orders, k)) for k in sorted({5, 15, n}) if k <= n}
-        out[f"any@{n}"] = tally.line(any_right, shares(tally.orders, n))
-        out[f"early stopping, at most {n}"] = tally.line(lambda c, start: early_stop(c, start)[0], range(tally.orders))
+        out |= {f"voting@{k}": tally.chances(k)[..., 0] for k in sorted({5, 15, n}) if k <= n} | {f"any@{n}": tally.chances(n)[..., 2]}
+        out[f"early stopping, at most {n}"] = np.array([[early_stop(c, start)[0] for c in tally.sides] for start in range(tally.orders)])
         out |= weighted(tally)
     first = np.array([[row["choice"] == 1 for row in tally.rows]], float)
     gain = [len(row["responses"][row["choice"] - 1]) - len(row["responses"][2 - row["choice"]]) for row in tally.rows]
@@ -820,11 +768,6 @@ def interval(values):
     return [round(float(v), 3) for v in found] or [None] * 3
 
 
-# Does the reasoning go back on itself (C.6)? By telltale words: a hint where to look, no measurement.
-DOUBTS = re.compile(r"wait[,.:!]|re-?(?:read|check|exam)|re-eval|reconsider|recalculat|second thought|look again|made a mistake"
-                    r"|correct myself", re.I)
-
-
 def about(tally, args):
     """What stands below a table: {name: number}, shares in percent."""
     import numpy as np
@@ -840,7 +783,7 @@ def about(tally, args):
            "verdicts without log-probability": sum(bool(j["choice"]) and j["logp1"] is None and j["logp2"] is None for j in tally.used)}
     cost = [(samples, tokens) for _, samples, tokens in tally.online]
     if not args.early_stop and tally.n > 2:
-        out["tied votes"] = share(tally.line(lambda c, ks: vote(c, ks)[1], shares(tally.orders, tally.n)).mean(0))
+        out["tied votes"] = share(tally.chances(tally.n)[..., 1].mean(0))
         out["tokens of all samples"] = round(float(tally.tokens.sum() / len(tally.rows)), 1)
         lengths, there = tally.tokens / np.maximum(tally.counts, 1), tally.counts.any(2)  # samples of a kind are alike: their mean length
         for i, counts in enumerate(tally.sides):
@@ -863,10 +806,9 @@ def evaluate(bench, rows, done, args):
     result["lines"] = {name: {c: interval(v) for c, v in scored(line, tally.rows, weights).items()} for name, line in values.items()}
     result["about"] = about(tally, args)
     for k in range(1, tally.n + 1) if tally.n > 2 else ():
-        result["scaling"][k] = {"any of a coin": 100 * (1 - 0.5**k)}
-        for name, f in (("vote", lambda c, ks: vote(c, ks)[0]), ("any", any_right)):
-            line = tally.line(f, shares(tally.orders, k))
-            result["scaling"][k][name] = interval(scored(line, tally.rows, weights)["overall"])
+        overall = lambda line: interval(scored(line, tally.rows, weights)["overall"])
+        at = tally.chances(k)
+        result["scaling"][k] = {"any of a coin": 100 * (1 - 0.5**k), "vote": overall(at[..., 0]), "any": overall(at[..., 2])}
     return result, (tally.rows, values)
 
 
@@ -889,7 +831,6 @@ def compare(mine, other):
 # ---------------------------------------------------------------------------------------------------
 # Output: the table, the figure, the pages
 
-TRIVIAL = ("always 1", "longer answer", "shorter answer", "coin")
 FIRST, OWN = "better answer always first", "benchmark's protocol"
 PAPER = {  # bench: (columns, {(line, protocol): percent in the order of the columns}); R1-Reward and the best of the others
     "VL-RewardBench": (("overall", "paper: macro", "paper: general", "paper: hallucination", "paper: reasoning",
@@ -910,7 +851,7 @@ PAPER = {  # bench: (columns, {(line, protocol): percent in the order of the col
 def table(results):
     """results.json -> Markdown."""
     args = results["args"]
-    out, line = [f"# {args['scores'] or args['model']}", ""], lambda cells: f"| {' | '.join(cells)} |"
+    out = [f"# {args['scores'] or args['model']}", ""]
     cell = lambda c, v: "" if v[0] is None else f"{v[0]:.2f}" + (f" [{v[1]:.2f}, {v[2]:.2f}]" if c in ("overall", "Acc+") else "")
     for bench, r in results["benches"].items():
         made = f"{args['samples']} judgements a row at temperature {args['temperature']:g}"
@@ -923,17 +864,18 @@ def table(results):
             continue
         columns = list(next(iter(r["lines"].values())))
         count = {f"{grouping}: {g}": f" ({n})" for grouping, groups in r["groups"].items() for g, n in groups.items()}
-        out += [line(["", *(c + count.get(c, "") for c in columns)]), "|---" * (len(columns) + 1) + "|"]
-        out += [line([name, *(cell(c, values[c]) for c in columns)]) for name, values in r["lines"].items()]
+        body = [[name, *(cell(c, values[c]) for c in columns)] for name, values in r["lines"].items()]
         names, published = PAPER.get(bench, ((), {}))
         for (name, protocol), numbers in published.items():
             there = {c: f"{v:.2f}" for c, v in zip(names, numbers) if v is not None}
-            out.append(line([f"*{name} (in the paper; {protocol})*", *(there.get(c, "") for c in columns)]))
+            body.append([f"*{name} (in the paper; {protocol})*", *(there.get(c, "") for c in columns)])
         below = "; ".join(f"{k}: {v}" for k, v in r["about"].items() if v is not None)
-        out += ["", f"Percent, with 95 % intervals over rows. {below}.", "", *(f"- {note}" for note in r["check"])]
+        out += [markdown(["", *(c + count.get(c, "") for c in columns)], body) + f"Percent, with 95 % intervals over rows. {below}.", ""]
+        out += [f"- {note}" for note in r["check"]]
         for name, d in r.get("compared", {}).items():
             change, low, high, p = d["overall"]
-            out.append(f"- {name}, against {args['compare']}: {change:+.2f} points [{low:+.2f}, {high:+.2f}], p = {p:.3g}, on {d['rows']} rows")
+            gain = f"{change:+.2f} points [{low:+.2f}, {high:+.2f}], p = {p:.3g}"
+            out.append(f"- {name}, against {args['compare']}: {gain}, on {d['rows']} rows")
         out.append("")
     return "\n".join(out)
 
@@ -943,7 +885,6 @@ def figure(results, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-
     panels = {bench: r["scaling"] for bench, r in results["benches"].items() if r["scaling"]}
     if not panels:
         return
@@ -1036,36 +977,35 @@ def bench_file(text):
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@")
     p.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)  # a file of flags: several on a line, # begins a comment
-    g = p.add_argument_group("data")
-    g.add_argument("--bench", nargs="+", type=bench_file, default=[], metavar="NAME=PATH",
-                   help=f"files or folders as their authors give them; {', '.join(BENCHMARKS)}, pairs; none = those of the run in --out")
-    g.add_argument("--limit", type=at_least(1), help="the first so many rows of each benchmark; none = all")
-    g.add_argument("--group", default="source", help="the field of a file of pairs whose values are the columns of its table")
-    g = p.add_argument_group("model")
-    g.add_argument("--model", default="out/rl", help="folder or name on the hub, of a judge or with a reward head of sft.py; a server's name")
-    g.add_argument("--base_url", help="an OpenAI-compatible server; none = vLLM in this process")
-    g.add_argument("--scores", metavar="FILE", help="rewards made elsewhere instead: JSON lines of bench, row, scores of both responses")
-    g.add_argument("--concurrency", type=at_least(1), default=32, help="requests to a server at a time")
-    g = p.add_argument_group("judgements")
-    g.add_argument("--orders", choices=("both", "dataset", "chosen_first"), help="half of the samples in each order (default), "
-                   "or all as the file lists the answers, or all with the better answer first (the released protocol)")
-    g.add_argument("--samples", type=at_least(1), help="samples a row, over both orders together; default 16; 15 and 16 in the paper")
-    g.add_argument("--temperature", type=at_least(0, float), default=1.0,
-                   help="1 in C.5; 0 = greedy, as the paper's main results: one sample an order")
-    g.add_argument("--max_new_tokens", type=at_least(1), default=4096, help="of a judgement; longer ones are truncated, which is counted")
-    g.add_argument("--max_pixels", type=at_least(1), help="of an image; larger ones are reduced; none = the model's own bound")
-    g.add_argument("--early_stop", action="store_true", help="a row ends after three equal answers in a row, at most --samples (C.10)")
-    g.add_argument("--seed", type=int, default=0, help="of the samples, each row, order and sample having its own, and of the vote's page")
-    g = p.add_argument_group("output")
-    g.add_argument("--out", required=True, help="folder; a run that was killed goes on from what stands there")
-    g.add_argument("--score_only", action="store_true", help="no model: the numbers of what stands in --out")
-    g.add_argument("--compare", metavar="OUT", help="another run's folder: differences with intervals and p, by paired bootstrap")
-    g.add_argument("--page", type=at_least(0), default=200, help="rows of each benchmark on page.html, and of the vote in all; 0 = no page")
-    g.add_argument("--ab", metavar="OUT", help="another run's folder: write ab.html, on which people vote between the two, blind")
-    g.add_argument("--tally", nargs="+", metavar="VOTES", help="files saved from ab.html: print Table 9")
-    g = p.add_argument_group("system")
-    g.add_argument("--context", type=at_least(1), default=16384, help="tokens of prompt and judgement together, for vLLM")
-    g.add_argument("--tensor_parallel", type=at_least(1), default=1, help="GPUs that share one copy of the model")
+    add = p.add_argument_group("data").add_argument
+    add("--bench", nargs="+", type=bench_file, default=[], metavar="NAME=PATH",
+        help=f"files or folders as their authors give them; {', '.join(BENCHMARKS)}, pairs; none = those of the run in --out")
+    add("--limit", type=at_least(1), help="the first so many rows of each benchmark; none = all")
+    add("--group", default="source", help="the field of a file of pairs whose values are the columns of its table")
+    add = p.add_argument_group("model").add_argument
+    add("--model", default="out/rl", help="folder or name on the hub, of a judge or with a reward head of sft.py; a server's name")
+    add("--base_url", help="an OpenAI-compatible server; none = vLLM in this process")
+    add("--scores", metavar="FILE", help="rewards made elsewhere instead: JSON lines of bench, row, scores of both responses")
+    add("--concurrency", type=at_least(1), default=32, help="requests to a server at a time")
+    add = p.add_argument_group("judgements").add_argument
+    add("--orders", choices=("both", "dataset", "chosen_first"), help="half of the samples in each order (default), or all as the file "
+        "lists the answers, or all with the better answer first (the released protocol)")
+    add("--samples", type=at_least(1), help="samples a row, over both orders together; default 16; 15 and 16 in the paper")
+    add("--temperature", type=at_least(0, float), default=1.0, help="1 in C.5; 0 = greedy, the paper's main results: one sample an order")
+    add("--max_new_tokens", type=at_least(1), default=4096, help="of a judgement; longer ones are truncated, which is counted")
+    add("--max_pixels", type=at_least(1), help="of an image; larger ones are reduced; none = the model's own bound")
+    add("--early_stop", action="store_true", help="a row ends after three equal answers in a row, at most --samples (C.10)")
+    add("--seed", type=int, default=0, help="of the samples, each row, order and sample having its own, and of the vote's page")
+    add = p.add_argument_group("output").add_argument
+    add("--out", required=True, help="folder; a run that was killed goes on from what stands there")
+    add("--score_only", action="store_true", help="no model: the numbers of what stands in --out")
+    add("--compare", metavar="OUT", help="another run's folder: differences with intervals and p, by paired bootstrap")
+    add("--page", type=at_least(0), default=200, help="rows of each benchmark on page.html, and of the vote in all; 0 = no page")
+    add("--ab", metavar="OUT", help="another run's folder: write ab.html, on which people vote between the two, blind")
+    add("--tally", nargs="+", metavar="VOTES", help="files saved from ab.html: print Table 9")
+    add = p.add_argument_group("system").add_argument
+    add("--context", type=at_least(1), default=16384, help="tokens of prompt and judgement together, for vLLM")
+    add("--tensor_parallel", type=at_least(1), default=1, help="GPUs that share one copy of the model")
     return p
 
 

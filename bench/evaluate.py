@@ -50,7 +50,7 @@ def by_loop(args, rows, most):
     policy, processor = sft.load_policy(args.model)
     model, end = policy.model.to(device).eval(), processor.tokenizer.eos_token_id
     loaded, made, tokens = time.monotonic(), 0, 0
-    for row, (order, _) in ((row, at) for row in rows[2:] for at in ev.plan(row, args)):
+    for row, (*_, order, _) in ((row, at) for row in rows[2:] for at in ev.plan(row, args)):
         if time.monotonic() > loaded + most:
             break
         batch = sft.collate([sft.encode(processor, ev.messages(row, order))], processor.tokenizer.pad_token_id, device)

@@ -209,8 +209,7 @@ def test_vote_and_any_equal_all_subsets(n):
             every = [[samples[i] for i in s] for s in subsets(samples, k)]
             scores = [0.0 if not any(s) else 0.5 if sum(s) == 0 else float(sum(s) > 0) for s in every]
             ties = [any(s) and sum(s) == 0 for s in every]
-            assert ev.vote(((right, wrong, none),), (k,)) == pytest.approx((np.mean(scores), np.mean(ties)), abs=1e-12)
-            assert ev.any_right(((right, wrong, none),), (k,)) == pytest.approx(np.mean([1 in s for s in every]), abs=1e-12)
+            assert ev.chances(((right, wrong, none),), (k,)) == pytest.approx((np.mean(scores), np.mean(ties), np.mean([1 in s for s in every])), abs=1e-12)
 
 
 def test_vote_and_any_with_half_of_the_samples_in_each_order():
@@ -222,8 +221,8 @@ def test_vote_and_any_with_half_of_the_samples_in_each_order():
             for ks in ev.shares(2, k):
                 every = [[sides[0][i] for i in a] + [sides[1][i] for i in b] for a in subsets(sides[0], ks[0]) for b in subsets(sides[1], ks[1])]
                 scores = [0.0 if not any(s) else 0.5 if sum(s) == 0 else float(sum(s) > 0) for s in every]
-                assert ev.vote(counts, ks)[0] == pytest.approx(np.mean(scores), abs=1e-12)
-                assert ev.any_right(counts, ks) == pytest.approx(np.mean([1 in s for s in every]), abs=1e-12)
+                ties = [any(s) and sum(s) == 0 for s in every]
+                assert ev.chances(counts, ks) == pytest.approx((np.mean(scores), np.mean(ties), np.mean([1 in s for s in every])), abs=1e-12)
 
 
 @pytest.mark.parametrize("sides", [1, 2])
