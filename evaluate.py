@@ -212,11 +212,11 @@ def read_judgements(folder):
             try:
                 j = json.loads(line)
                 wrong = [f"{f!r} is {j[f]!r}" for f, kind in FIELDS.items() if not isinstance(j[f], kind)]
+                wrong += [f"{where(j)} is there already"] * (where(j) in done)
             except (ValueError, TypeError, KeyError) as problem:
                 raise Unusable(f"{path}, line {number} is no judgement ({problem!r}); legal: {', '.join(FIELDS)}") from None
-            if wrong or where(j) in done:
-                why = wrong[0] if wrong else f"{where(j)} is there already"
-                raise Unusable(f"{path}, line {number}: {why}; remove that line to have it made again")
+            if wrong:
+                raise Unusable(f"{path}, line {number}: {wrong[0]}; remove that line to have it made again")
             done[where(j)] = j
     return done
 
@@ -530,9 +530,7 @@ Judged = namedtuple("Judged", "choice probability votes reasoning")
 
 class Judge:
     """
-    In Python: judge = Judge("out/rl"), or Judge("NAME", base_url="http://..."); samples a pair, half of them in each order; other
-    flags by name.
-
+    judge = Judge("out/rl"), or Judge("NAME", base_url="http://..."), other flags by name; samples a pair, half of them in each order.
     judge(question, images, answer1, answer2) -> choice (1, 2 or None), probability (its share of the votes), votes (for 1, for 2,
     none), reasoning (of a sample that chose so). judge.rank(question, images, answers) -> [(index, share of duels won), ...].
     """
@@ -611,12 +609,8 @@ def shares(orders, k):
 @cache
 def early_stop(counts, start=0, limit=None, run=3):
     """
-    Early stopping replayed on every possible sequence of a row's samples, the orders in turn from `start` (deviation 8):
-    (probability of being right, how many of the (right, wrong, none) of each order are expected to be drawn). limit: at most.
-
-    >>> coin = lambda p: ((int(p * 10**9), int((1 - p) * 10**9), 0),)    # so many samples are as good as independent ones
-    >>> [round(sum(early_stop(coin(p), limit=16)[1][0]), 2) for p in (.5, .7, .9)]
-    [6.74, 5.61, 3.7]
+    Early stopping replayed on every possible sequence of a row's samples, the orders in turn from `start`, at most `limit` samples
+    (deviation 8): (probability of being right, how many of the (right, wrong, none) of each order are expected to be drawn).
     """
     flat, limit = [n for c in counts for n in c], min(limit or math.inf, sum(map(sum, counts)))  # kind i % 3 of order i // 3
     states, accuracy, used = {((0,) * len(flat), None, 0): 1.0}, 0.0, [0.0] * len(flat)  # {(drawn, last kind, alike in a row): probability}
@@ -664,10 +658,9 @@ class Tally:
                 self.online.append((0.5 if answer == 1.5 else float(answer == row["choice"]), len(its), sum(j["tokens"] for j in its)))
                 its = its[:1 + both]  # later ones are there because of what these said
             for j in its:
-                better = 3 - row["choice"] if j["order"] else row["choice"]  # its number as shown
-                logps = [-math.inf if p is None else p for p in (j["logp1"], j["logp2"])]
-                kind = 2 if j["choice"] is None else int(j["choice"] != better)
-                columns.append((len(self.rows), better - 1, kind, logps[better - 1], logps[2 - better], j["tokens"]))
+                place, logps = (row["choice"] - 1) ^ j["order"], [-math.inf if p is None else p for p in (j["logp1"], j["logp2"])]
+                kind = 2 if j["choice"] is None else int(j["choice"] - 1 != place)
+                columns.append((len(self.rows), place, kind, logps[place], logps[1 - place], j["tokens"]))
             self.rows.append(row)
             self.used += its
         at, place, kind, self.right, self.wrong, tokens = np.array(columns).reshape(-1, 6).T
@@ -684,10 +677,7 @@ class Tally:
 
 
 def lines(tally, args):
-    """
-    {name: (V, R)}: every way to judge, then the trivial ones. The probability that each row is judged rightly, in each of V variants
-    (the two orders, say) which are averaged; NaN where there is none.
-    """
+    """{name: (V, R)}: the probability that each row is judged rightly, in V variants to be averaged (the two orders, say); NaN: in none."""
     import numpy as np
     out, both, n = {}, args.orders == "both", tally.n
     with np.errstate(invalid="ignore"):

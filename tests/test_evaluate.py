@@ -9,6 +9,7 @@ import asyncio
 import base64
 import contextlib
 import doctest
+import http.server
 import itertools
 import json
 import math
@@ -18,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from argparse import Namespace
 from collections import Counter
@@ -591,6 +593,33 @@ def test_kill_9_and_resume_loses_and_repeats_nothing(toy, tmp_path):
     assert again["benches"][VL]["lines"] == results["benches"][VL]["lines"] and again["args"]["samples"] == 4
     assert again["benches"][VL]["compared"]["voting@4"]["overall"] == [0, 0, 0, 1.0]
     assert "against" in (tmp_path / "killed" / "table.md").read_text()
+
+
+def test_a_server_that_gives_log_probabilities():
+    """Those of 1 and 2 where the verdict stands; of an option that comes twice, with and without a space, the likelier."""
+    options = [{"token": t, "logprob": p} for t, p in (("2", -0.1), (" 1", -2.5), ("1", -9.0))]
+    content = [{"token": t, "logprob": -0.1, "top_logprobs": options if t == "2" else []} for t in ("So", "<answer>", "2", "</answer>")]
+    reply = {"choices": [{"message": {"content": "So<answer>2</answer>"}, "finish_reason": "stop", "logprobs": {"content": content}}]}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            assert json.loads(self.rfile.read(int(self.headers["Content-Length"])))["top_logprobs"] == 5
+            body = json.dumps(reply).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as it:
+        threading.Thread(target=it.serve_forever, daemon=True).start()
+        args, done = args_of("--base_url", f"http://127.0.0.1:{it.server_port}/v1", "--samples", 4), {}
+        ev.collect([row(0)], ev.backend(args), done, args)
+        it.shutdown()
+    assert len(done) == 4
+    for j in done.values():
+        assert (j["choice"], j["logp1"], j["logp2"], j["tokens"], j["finish"]) == (2, -2.5, -0.1, 4, "stop")
 
 
 def test_two_ranks_share_the_rows(toy, tmp_path):
