@@ -586,7 +586,7 @@ def chances(counts, ks):
     A tie counts one half, no vote 0 (deviation 7).
 
     >>> chances(((2, 1, 0),), (3,)), chances(((1, 0, 1), (0, 1, 1)), (1, 1))
-    ((1.0, 0.0, 1.0), (0.375, 0.25, 0.5))
+    ((1.0, 0, 1.0), (0.375, 0.25, 0.5))
     """
     found = {(0, 0): 1.0}  # (right, wrong): probability
     for (right, wrong, none), k in zip(counts, ks):
