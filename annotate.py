@@ -714,14 +714,21 @@ class Endpoint:
 
 
 def completion(body):
-    """The bytes of a chat completion -> {text, finish, tokens, logprobs if asked}; None if they are none: a page of HTML, half of it."""
+    """
+    The bytes of a chat completion -> {text, finish, tokens}, and if log-probabilities came, said and likeliest: each token of the
+    text, and {what could stand there: its log-probability}. None if they are none: a page of HTML, no choices, half of it.
+    """
     try:
         reply = json.loads(body)
         choice, usage = reply["choices"][0], reply.get("usage") or {}
         text = choice["message"].get("content") or choice["message"].get("refusal") or ""
         tokens = [int(usage.get(f"{kind}_tokens") or 0) for kind in ("prompt", "completion")]
-        seen = {"logprobs": choice["logprobs"].get("content") or []} if choice.get("logprobs") else {}  # where they were asked for
-        return {"text": text, "finish": choice.get("finish_reason"), "tokens": tokens} | seen if isinstance(text, str) else None
+        found = {"text": text, "finish": choice.get("finish_reason"), "tokens": tokens}
+        if choice.get("logprobs"):
+            content = choice["logprobs"].get("content") or []
+            found["said"] = [at["token"] for at in content]
+            found["likeliest"] = [{o["token"]: float(o["logprob"]) for o in at["top_logprobs"]} for at in content]
+        return found if isinstance(text, str) else None
     except (ValueError, LookupError, TypeError, AttributeError):
         return None
 

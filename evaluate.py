@@ -54,9 +54,9 @@ from pathlib import Path
 import torch
 
 from annotate import (JUDGING_PROMPT, Endpoint, Unanswered, Unusable, as_sent, at_least, check_pair, data_url, each_pair, frames,
-                      json_lines, keep, locate, messages, table_rows, turn, whole)
+                      keep, locate, located_lines, messages, table_rows, turn)
 from annotate import table as markdown
-from sft import collate, critique_of, encode, generate, load_policy, micro_batches, read_media
+from sft import HF, collate, critique_of, encode, load_policy, micro_batches, read_media
 from stable_reinforce import parse
 
 # ---------------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def read_rows(args):
     if not args.bench:
         if not kept.is_file():
             raise Unusable(f"{kept}: no such file, so no run has been here; give --bench NAME=PATH, or the --out of a run")
-        for _, row in json_lines(kept):
+        for *_, row in located_lines(kept):
             benches[row["bench"]].append(row)
     for name, path in args.bench:
         rows = benches[name] = list(islice(bench_rows(name, path, args.out, args.group), args.limit))
@@ -253,9 +253,10 @@ def settle(args, benches, done, rank=0):
             differs += [f"{bench} has other rows"] * (then[:n] != now[:n])
         if differs:
             raise Unusable(f"--out {args.out} holds another run: {'; '.join(differs)}. Choose another folder, or the same settings")
-    if rank == 0:
-        whole(path, json.dumps(config) + "\n")
-        whole(path.with_name("rows.jsonl"), "".join(json.dumps(row) + "\n" for rows in benches.values() for row in rows))
+    for name, found in (("config.json", [config]), ("rows.jsonl", sum(benches.values(), []))) if rank == 0 else ():
+        part = path.with_name(f"{name}.part")
+        part.write_text("".join(json.dumps(line) + "\n" for line in found))
+        part.rename(path.with_name(name))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -441,10 +442,11 @@ def endpoint(args):
                 extra.clear()  # it has none to give
                 return await one(shown, seed)
             raise Unusable(f"--base_url {args.base_url}: {refused.args[0]}") from None
-        pieces = reply.get("logprobs", [])
-        at = verdict_at(len(pieces), lambda t: pieces[t]["token"], reply["text"])
-        seen = {} if at is None else {option["token"].strip(): float(option["logprob"]) for option in pieces[at]["top_logprobs"][::-1]}
-        return output_of(reply["text"], reply["tokens"][1] or len(pieces), reply["finish"], seen.get("1"), seen.get("2"))
+        said = reply.get("said", [])
+        at = verdict_at(len(said), said.__getitem__, reply["text"])
+        options = {} if at is None else reply["likeliest"][at]
+        seen = {token.strip(): logp for token, logp in reversed(options.items())}  # of "1" and " 1" the likelier
+        return output_of(reply["text"], reply["tokens"][1] or len(said), reply["finish"], seen.get("1"), seen.get("2"))
 
     async def ask(job):
         shown = await asyncio.to_thread(as_sent, messages(job.row, job.order), args.max_pixels or 2**62, max_frames=32)
@@ -514,7 +516,8 @@ def heads(args, budget=16384):
             asked = [encode(processor, turn(row, row["question"]), response) for row in rows for response in row["responses"]]
         else:
             asked = [encode(processor, critique_of(row, i)) for row in rows for i in (0, 1)]
-            asked = [row | {"response": ids} for row, ids in zip(asked, generate(policy, processor, asked, args.max_new_tokens, budget))]
+            replies = HF(policy, processor, device).generate(asked, temperature=0.0, max_tokens=args.max_new_tokens)
+            asked = [row | {"response": sample["ids"]} for row, (sample,) in zip(asked, replies)]
             texts = [processor.tokenizer.decode(row["response"], skip_special_tokens=True) for row in asked]
         for group in micro_batches([[row | {"number": i}] for i, row in enumerate(asked)], budget):
             said = policy(collate(group, processor.tokenizer.pad_token_id, device))["score"].tolist()

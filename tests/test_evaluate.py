@@ -697,7 +697,7 @@ def test_the_reward_heads_of_sft(kind, toy, tmp_path):
             asked = sft.encode(processor, ev.turn(r, r["question"]), r["responses"][i])
             if kind == "critic":
                 asked = sft.encode(processor, sft.critique_of(r, i))
-                asked |= {"response": sft.generate(policy, processor, [asked], 8, 4096)[0]}
+                asked |= {"response": sft.HF(policy, processor, policy.model.device).generate([asked], temperature=0.0, max_tokens=8)[0][0]["ids"]}
             with torch.no_grad():
                 scores.append(policy(sft.collate([asked], processor.tokenizer.pad_token_id))["score"].item())
         for order in (0, 1):
