@@ -714,13 +714,21 @@ class Endpoint:
 
 
 def completion(body):
-    """The bytes of a chat completion -> {text, finish, tokens}; None if they are none: a page of HTML, no choices, half of it."""
+    """
+    The bytes of a chat completion -> {text, finish, tokens}, and if log-probabilities came, said and likeliest: each token of the
+    text, and {what could stand there: its log-probability}. None if they are none: a page of HTML, no choices, half of it.
+    """
     try:
         reply = json.loads(body)
         choice, usage = reply["choices"][0], reply.get("usage") or {}
         text = choice["message"].get("content") or choice["message"].get("refusal") or ""
         tokens = [int(usage.get(f"{kind}_tokens") or 0) for kind in ("prompt", "completion")]
-        return {"text": text, "finish": choice.get("finish_reason"), "tokens": tokens} if isinstance(text, str) else None
+        found = {"text": text, "finish": choice.get("finish_reason"), "tokens": tokens}
+        if choice.get("logprobs"):
+            content = choice["logprobs"].get("content") or []
+            found["said"] = [at["token"] for at in content]
+            found["likeliest"] = [{o["token"]: float(o["logprob"]) for o in at["top_logprobs"]} for at in content]
+        return found if isinstance(text, str) else None
     except (ValueError, LookupError, TypeError, AttributeError):
         return None
 
@@ -739,7 +747,7 @@ def wanted_pause(headers):
     return 0.0
 
 
-def data_url(path, max_pixels):
+def data_url(path, max_pixels, quality=95):
     """A picture as it is sent: its file as it is, or, if it is too large or of a rare kind, scaled down and as JPEG."""
     from PIL import Image, ImageOps
 
@@ -751,7 +759,7 @@ def data_url(path, max_pixels):
             else:
                 scale, out = min(1, (max_pixels / (width * height)) ** 0.5), io.BytesIO()
                 image = ImageOps.exif_transpose(image).convert("RGB")
-                image.resize([max(1, int(n * scale)) for n in image.size], Image.Resampling.BICUBIC).save(out, "JPEG", quality=95)
+                image.resize([max(1, int(n * scale)) for n in image.size], Image.Resampling.BICUBIC).save(out, "JPEG", quality=quality)
                 data, kind = out.getvalue(), "image/jpeg"
     except Exception as problem:  # see keep()
         raise Unusable(f"{path}: is no picture any more ({problem!r}); it was one when the sources were read. Bring it back, "
