@@ -689,7 +689,7 @@ class Endpoint:
         self.client = openai.AsyncOpenAI(base_url=base_url, api_key=key, timeout=timeout, max_retries=0)
 
     async def ask(self, model, messages, **fields):
-        """-> {text, finish, tokens: [in, out]}; a refusal is a text like any other."""
+        """-> completion()'s {text, finish, tokens: [in, out]}; a refusal is a text like any other."""
         for attempt in itertools.count():
             headers = {}
             try:
@@ -714,13 +714,19 @@ class Endpoint:
 
 
 def completion(body):
-    """The bytes of a chat completion -> {text, finish, tokens}; None if they are none: a page of HTML, no choices, half of it."""
+    """
+    The bytes of a chat completion -> {text, finish, tokens}, and if log-probabilities came, likeliest: for each token of the text
+    {what could stand there: its log-probability}. None if they are none: a page of HTML, no choices, half of it.
+    """
     try:
         reply = json.loads(body)
         choice, usage = reply["choices"][0], reply.get("usage") or {}
         text = choice["message"].get("content") or choice["message"].get("refusal") or ""
         tokens = [int(usage.get(f"{kind}_tokens") or 0) for kind in ("prompt", "completion")]
-        return {"text": text, "finish": choice.get("finish_reason"), "tokens": tokens} if isinstance(text, str) else None
+        found = {"text": text, "finish": choice.get("finish_reason"), "tokens": tokens}
+        if choice.get("logprobs"):
+            found["likeliest"] = [{o["token"]: float(o["logprob"]) for o in at["top_logprobs"]} for at in choice["logprobs"]["content"]]
+        return found if isinstance(text, str) else None
     except (ValueError, LookupError, TypeError, AttributeError):
         return None
 
