@@ -237,8 +237,6 @@ def told(better, worse):
     """
     Two conversations, equal up to the last turn -> the question, after what was said before it, if anything was; and both answers.
 
-    >>> told([("user", "Q"), ("assistant", "A")], [("user", "Q"), ("assistant", "B")])
-    {'question': 'Q', 'responses': ['A', 'B']}
     >>> told([("user", "Q"), ("bot", "A"), ("user", "R"), ("bot", "B")], [("user", "Q"), ("bot", "A"), ("user", "R"), ("bot", "C")])
     {'question': 'user: Q\\nbot: A\\nuser: R', 'responses': ['B', 'C']}
     """
@@ -335,12 +333,11 @@ SOURCES = {  # name: (what reads a row, where the rows are in the download, the 
 
 
 def parquet_rows(path):
-    import pyarrow
-    import pyarrow.parquet as parquet
+    import pyarrow.parquet
 
     number = 0
     try:
-        for batch in parquet.ParquetFile(path).iter_batches(batch_size=32):  # a picture can have megabytes
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=32):  # a picture can have megabytes
             for number, row in enumerate(batch.to_pylist(), number + 1):
                 yield f"{path}, row {number}", row
     except (pyarrow.ArrowException, OSError) as problem:
@@ -382,7 +379,7 @@ def found_in(name, path):
             pair, drop = dict.fromkeys(PAIR) | {"source": name, "images": [], "choice": 1} | found, found.get("drop")
             if not drop:
                 answers = [mended(text) for text in found["responses"]]
-                pair |= {"id": str(found["id"]), "question": mended(found["question"]), "responses": answers}
+                pair |= {"id": mended(str(found["id"])), "question": mended(found["question"]), "responses": answers}
                 better, worse = (text.strip() for text in answers)
                 drop = ("empty answer" if not (better and worse) else "same answers" if better == worse
                         else "missing frames" if pair["video"] == [] else None)
@@ -696,9 +693,9 @@ def as_sent(turns, max_pixels, max_frames):
     def parts(part):
         if part["type"] == "text":
             return [part]
-        files = [part["image"]] if part["type"] == "image" else part["video"]
-        n = min(len(files), max_frames)
-        files = [files[i * (len(files) - 1) // max(1, n - 1)] for i in range(n)] if part["type"] == "video" else files
+        files, most = (part["video"], max_frames) if part["type"] == "video" else ([part["image"]], 1)
+        n = min(len(files), most)
+        files = [files[i * (len(files) - 1) // max(1, n - 1)] for i in range(n)]
         return [{"type": "image_url", "image_url": {"url": data_url(path, max_pixels)}} for path in files]
 
     return [turn | {"content": [p for part in turn["content"] for p in parts(part)]} for turn in turns]
@@ -707,15 +704,14 @@ def as_sent(turns, max_pixels, max_frames):
 def due(pair, replies, mode):
     """The messages of the pair's next attempt, or None if there is none."""
     if mode == "critique":
-        n = len(replies)
-        return None if n == 2 else turn(pair, CRITIQUE_PROMPT.format(question=pair["question"], answer=pair["responses"][n]))
+        left = pair["responses"][len(replies):]
+        return turn(pair, CRITIQUE_PROMPT.format(question=pair["question"], answer=left[0])) if left else None
     solved = replies and replies[-1][0] == pair["choice"]
     return None if solved or len(replies) == ATTEMPTS else messages(pair)
 
 
 async def annotate(pairs, journal, endpoint, args, bar):
     """Asks for all that is due, --concurrency pairs at a time. -> how many pairs got no answer."""
-    fields = {"temperature": args.temperature, "max_tokens": args.max_tokens}
     aside, silent, done, solved = Counter(), 0, 0, 0
 
     async def work():
@@ -724,9 +720,10 @@ async def annotate(pairs, journal, endpoint, args, bar):
             replies = journal.replies[pair["id"]]
             while (asked := due(pair, replies, args.mode)) is not None:
                 sent = await asyncio.to_thread(as_sent, asked, args.max_pixels, args.max_frames)
-                wanted = {k: v for k, v in (fields | {"seed": len(replies)} | args.request).items() if v is not None}  # deviation 1
+                # deviation 1: each attempt has a seed of its own
+                fields = {"temperature": args.temperature, "max_tokens": args.max_tokens, "seed": len(replies)} | args.request
                 try:
-                    reply = await endpoint.ask(args.model, sent, **wanted)
+                    reply = await endpoint.ask(args.model, sent, **{k: v for k, v in fields.items() if v is not None})
                 except Unanswered as problem:
                     why, refused = problem.args
                     aside[why] += 1
@@ -750,26 +747,22 @@ async def annotate(pairs, journal, endpoint, args, bar):
     return aside.total()
 
 
-def judged(path, journal, both_orders=False):
+def annotated(path, journal, args):
     """The pairs of the mix with what the journal has on them."""
-    said = lambda name: [choice for choice, _ in journal.replies[name]]
     for pair in each_pair(path):
         name, mine = pair["id"], journal.replies[pair["id"]]
+        if args.mode == "critique":
+            yield pair | {"critiques": [journal.text(offset) for _, offset in mine]}
+            continue
         if mine and mine[-1][0] == pair["choice"]:
             pair |= {"attempts": len(mine), "annotation": journal.text(mine[-1][1])}
         elif len(mine) == ATTEMPTS:
             pair["attempts"] = ATTEMPTS + 1
-        if both_orders:  # deviation 7
+        if args.both_orders:  # deviation 7
             other = name.removesuffix(SWAPPED) if name.endswith(SWAPPED) else name + SWAPPED
-            pair["contradicted"] = said(name) == [3 - pair["choice"]] * ATTEMPTS and said(other) == [pair["choice"]] * ATTEMPTS
+            said = [[choice for choice, _ in journal.replies[n]] for n in (name, other)]
+            pair["contradicted"] = said == [[3 - pair["choice"]] * ATTEMPTS, [pair["choice"]] * ATTEMPTS]
         yield pair
-
-
-def criticised(path, journal):
-    for pair in each_pair(path):
-        critiques = [journal.text(offset) for _, offset in journal.replies[pair["id"]]]
-        if len(critiques) == 2:
-            yield pair | {"critiques": critiques}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -817,11 +810,10 @@ def report(out, counts, journal, pairs, args):
 
 
 def draw(path, tries, lengths):
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     names, done = sorted(name for name in tries if tries[name]), Counter()
     for k, colour in zip((1, 2, 3, 4), ("#4c9f70", "#e3b23c", "#e07b39", "#b23a48")):
         shares = [tries[s][k] / tries[s].total() for s in names]
@@ -833,7 +825,6 @@ def draw(path, tries, lengths):
     right.set(xlabel="characters", yticks=[], title="length of the reasoning, by attempts")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=120, metadata={"Software": None})
-    pyplot.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -868,7 +859,7 @@ def parser():
     g = p.add_argument_group("data")
     g.add_argument("--data", type=source, nargs="+", action="extend", required=True, metavar="NAME=PATH",
                    help=f"sources: {', '.join(SOURCES)}; PATH: the download's folder, one of its files, or hub:owner/name@revision")
-    g.add_argument("--others", type=at_least(0), default=100_000, help="pairs drawn from all but MM-RLHF, which is taken whole (section 3.2)")
+    g.add_argument("--others", type=at_least(0), default=100_000, help="pairs drawn of all but MM-RLHF, which is taken whole (section 3.2)")
     g.add_argument("--limit", type=at_least(1), help="only so many pairs, of the whole mix at random; default: all")
     g.add_argument("--seed", type=int, default=0, help="of the sample, the order, and which answer is shown first")
     g.add_argument("--both_orders", action="store_true", help="each pair also with its answers swapped; marks contradicted pairs (ours)")
@@ -876,8 +867,7 @@ def parser():
                    help="benchmark files; training pairs with their ids, texts or pictures are dropped (ours)")
     g.add_argument("--out", default="out/annotate", help="folder for everything that is written")
     g = p.add_argument_group("annotator")
-    g.add_argument("--mode", choices=("judge", "critique"), default="judge",
-                   help="critique: writes critic.jsonl from the same mix (deviation 8)")
+    g.add_argument("--mode", choices=("judge", "critique"), default="judge", help="critique: critic.jsonl from the same mix (deviation 8)")
     g.add_argument("--base_url", default="https://api.openai.com/v1", help="any OpenAI-compatible endpoint; key in OPENAI_API_KEY")
     g.add_argument("--model", default="gpt-4o", help="as the endpoint calls it")
     g.add_argument("--temperature", type=at_least(0, float), default=0.0, help="0 in the paper (deviation 1)")
@@ -889,8 +879,7 @@ def parser():
     g = p.add_argument_group("sending; may change when a stopped run goes on")
     g.add_argument("--concurrency", type=at_least(1), default=32, help="requests at a time")
     g.add_argument("--timeout", type=at_least(0.1, float), default=180.0, help="seconds without a sign of the endpoint")
-    g.add_argument("--retries", type=at_least(0), default=12,
-                   help="of one request, up to a minute apart; then its pair waits for the next run")
+    g.add_argument("--retries", type=at_least(0), default=12, help="of a request, up to a minute apart; then its pair is for the next run")
     g.add_argument("--price", type=at_least(0, float), nargs=2, default=[2.5, 10.0], metavar=("IN", "OUT"),
                    help="dollars a million tokens, for the report; the default was gpt-4o's")
     return p
@@ -904,22 +893,21 @@ def run(args):
     counts, mixed = mix(args, out), out / "mix.jsonl"
     asked = ("mode", "model", "temperature", "max_tokens", "max_pixels", "max_frames", "request")
     prompt = JUDGING_PROMPT if args.mode == "judge" else CRITIQUE_PROMPT
-    config = {k: vars(args)[k] for k in asked} | {"prompt": hashlib.sha256(prompt.encode()).hexdigest()[:12]}
-    with mixed.open("rb") as file:
-        config["pairs"] = hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    digest = lambda data: hashlib.sha256(data).hexdigest()[:12]
+    config = {k: vars(args)[k] for k in asked} | {"prompt": digest(prompt.encode()), "pairs": digest(mixed.read_bytes())}
     endpoint = Endpoint(args.base_url, args.timeout, args.retries)
     total = sum(n.get("taken", 0) for n in counts.values()) * (2 if args.both_orders else 1)
     with open(out / ("journal.jsonl" if args.mode == "judge" else "journal-critique.jsonl"), "a+b") as file:
         journal = Journal(file, config)
         with tqdm(total=total, desc=args.mode, unit=" pairs", smoothing=0.05, mininterval=1) as bar:
             left = asyncio.run(annotate(each_pair(mixed), journal, endpoint, args, bar))
+        pairs = lambda: annotated(mixed, journal, args)
         if args.mode == "critique":
-            write_pairs(out / "critic.jsonl", criticised(mixed, journal))
+            write_pairs(out / "critic.jsonl", (pair for pair in pairs() if len(pair["critiques"]) == 2))
         else:
             for name, attempts in SETS.items():
-                pairs = judged(mixed, journal, args.both_orders)
-                write_pairs(out / f"{name}.jsonl", (pair for pair in pairs if pair["attempts"] in attempts))
-            report(out, counts, journal, judged(mixed, journal, args.both_orders), args)
+                write_pairs(out / f"{name}.jsonl", (pair for pair in pairs() if pair["attempts"] in attempts))
+            report(out, counts, journal, pairs(), args)
     print(f"sent again: {dict(endpoint.retried) or 'nothing'}")
     if left:
         raise Unusable(f"{left} of {total} pairs got no answer (see above); the same command asks for these again, and for nothing else")

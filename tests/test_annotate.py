@@ -731,4 +731,4 @@ def test_a_file_of_pairs_that_is_not_there(tmp_path):
 
 
 def test_the_examples_in_the_docstrings_are_true():
-    assert doctest.testmod(annotate).failed == 0 and doctest.testmod(annotate).attempted == 6
+    assert doctest.testmod(annotate).failed == 0 and doctest.testmod(annotate).attempted == 5
