@@ -505,7 +505,8 @@ def mix(args, out):
         made = json.loads(about.read_text())
         same_run(about, made["made with"], asked)
         return made["counts"]
-    known, seen, usable, counts = benchmark_marks(args.decontaminate), set(), {}, defaultdict(Counter)
+    known, seen, counts = benchmark_marks(args.decontaminate), set(), defaultdict(Counter)
+    usable = {}  # {id: pair}; in memory, some 4 KB each
     with open(out / "dropped.jsonl", "w") as dropped:
         for name, path in sorted(args.data, key=lambda d: d[0] != "MM-RLHF"):  # of two equal pairs the first one stays
             spool = out / "read" / f"{name}-{hashlib.sha256(path.encode()).hexdigest()[:8]}.jsonl"
@@ -787,15 +788,14 @@ def report(out, counts, journal, pairs, args):
             lengths[pair["attempts"]].append(len(pair["annotation"]))
             odd["solved, but not in the form of Table 1"] += not parse(pair["annotation"]).well_formed
         odd["contradicted in both orders"] += pair.get("contradicted", False)
-    line = lambda name, of: [name, *(sum(counts[s].get(k, 0) for s in of) for k in ("pairs", "taken")),
-                             *(sum(tries[s][k] for s in of) for k in (1, 2, 3, 4, None))]
+    body = [[s, *(counts[s].get(k, 0) for k in ("pairs", "taken")), *(tries[s][k] for k in (1, 2, 3, 4, None))] for s in sorted(counts)]
+    body.append(["all", *(sum(column) for column in list(zip(*body))[1:])])
     tokens_in, tokens_out = journal.tokens
     dollars = (tokens_in * args.price[0] + tokens_out * args.price[1]) / 1e6
     reasons = [[s, reason, n] for s in sorted(counts) for reason, n in sorted(counts[s].items()) if reason not in ("pairs", "taken")]
     spread = lambda v: [len(v), int(statistics.median(v)), sorted(v)[int(0.95 * (len(v) - 1))]]
     text = f"# {sum(verdicts['pairs'].values()):,} pairs judged by {args.model} at temperature {args.temperature:g}\n\n"
-    text += table(["source", "usable pairs", "taken", "1 attempt", "2", "3", "failed", "no answer"],
-                  [*(line(s, [s]) for s in sorted(counts)), line("all", list(counts))])
+    text += table(["source", "usable pairs", "taken", "1 attempt", "2", "3", "failed", "no answer"], body)
     text += table(["file", "answer 1 is better", "answer 2 is better"], [[f"{n}.jsonl", verdicts[n][1], verdicts[n][2]] for n in SETS])
     text += table(["solved at attempt", "reasonings", "characters, median", "95th percentile"],
                   [[str(k), *spread(lengths[k])] for k in sorted(lengths)]) if lengths else ""
