@@ -205,28 +205,21 @@ class RewardModel:
         duel, = (t["content"] for t in turns)
         pair = {"question": duel.question, "images": (), "video": None, "responses": (duel.first, duel.second)}
         shown = [{"role": "user", "content": self.pictures(duel.images) + messages(pair)[0]["content"]}]
-        if self.args.verdict == "token":
-            return await self.token(model, shown)
-        reply = await self.endpoint.ask(model, shown, temperature=0, max_tokens=self.args.judge_tokens)
-        choice = parse(reply["text"]).choice
-        return reply | {"text": "none" if choice is None else str(2.0 - choice)}
-
-    async def token(self, model, shown):
-        """The reply is made to begin with PREFIX; one token follows (vLLM continues an assistant's turn so)."""
-        client = self.endpoint.client.with_options(max_retries=self.args.judge_retries)
-        try:
-            reply = await client.chat.completions.create(
-                model=model, messages=[*shown, {"role": "assistant", "content": PREFIX}], max_tokens=1, temperature=0,
-                logprobs=True, top_logprobs=20,
-                extra_body={"add_generation_prompt": False, "continue_final_message": True})
-            seen = {o.token.strip(): math.exp(o.logprob) for o in reply.choices[0].logprobs.content[0].top_logprobs[::-1]}
-            used = [reply.usage.prompt_tokens, reply.usage.completion_tokens]
-        except (self.endpoint.openai.OpenAIError, AttributeError, LookupError, TypeError, ValueError) as problem:
-            raise Unanswered(f"{type(problem).__name__}: {problem}", False) from None
+        if self.args.verdict == "reason":
+            reply = await self.endpoint.ask(model, shown, temperature=0, max_tokens=self.args.judge_tokens)
+            choice = parse(reply["text"]).choice
+            return reply | {"text": "none" if choice is None else str(2.0 - choice)}
+        # the reply is made to begin with PREFIX; one token follows (vLLM continues an assistant's turn so)
+        shown.append({"role": "assistant", "content": PREFIX})
+        reply = await self.endpoint.ask(model, shown, temperature=0, max_tokens=1, logprobs=True, top_logprobs=20,
+                                        add_generation_prompt=False, continue_final_message=True)
+        if not reply.get("likeliest"):
+            raise Unanswered("the reply has no log-probabilities, which --verdict token asks for", False)
+        seen = {token.strip(): math.exp(logp) for token, logp in reversed(reply["likeliest"][0].items())}  # of "1" and " 1" the likelier
         one, two = seen.get("1", 0.0), seen.get("2", 0.0)
         # a server tells of its 20 likeliest tokens: of a digit among the rest nothing is known
         known = {"1", "2"} <= seen.keys() or one + two > 0.5
-        return {"text": str(one / (one + two)) if known else "none", "tokens": used}
+        return reply | {"text": str(one / (one + two)) if known else "none"}
 
 
 class Duels(ConsistencyJudge):

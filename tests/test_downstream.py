@@ -201,6 +201,11 @@ def test_a_dead_judge_is_no_reward():
             scored(EIGHT, "--judge_url", "http://127.0.0.1:9/v1", "--judge_patience", 1, "--verdict", kind)
 
 
+def test_a_judge_that_gives_no_log_probabilities_is_told_apart(serve):
+    with pytest.raises(JudgeDead, match="the reply has no log-probabilities, which --verdict token asks for"):
+        scored(EIGHT[:2], "--judge_url", serve(lambda a, b: verdict(1)).url, "--judge_patience", 1, "--verdict", "token")
+
+
 @pytest.mark.parametrize("words", [["--pairs", "0"], ["--pairs", "some"]])
 def test_pairs_that_cannot_be(words, capsys):
     with pytest.raises(SystemExit):
