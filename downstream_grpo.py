@@ -450,12 +450,14 @@ def main():
             seconds[name] = clock[-1] - clock[-2]
 
         # 1. and 2. rollout; the reward model judges a chunk while the next is sampled, all by the same weights
+        compared = args.engine == "vllm" and args.check_every and (step == first + 1 or step % args.check_every == 0)
         batch, rows, pending = coming.result(), [], []
         coming = loader.submit(shown, step + 1)
         for at in range(0, len(batch), args.chunk):
             places, mine, prompts = zip(*batch[at:at + args.chunk])
             seeds = [seed_of(args.seed, step, place) for place in places]
-            new = rollout(engine, processor, mine, prompts, seeds, args.samples, 1.0, args.max_new_tokens)
+            new = rollout(engine, processor, mine, prompts, seeds, args.samples, 1.0, args.max_new_tokens,
+                          logps=bool(compared or args.tis or args.old_logps == "vllm"))
             for i, row in enumerate(new):
                 row |= {"group": places[i // args.samples], "place": places[0] * args.samples + i}
             new = [row for row in new if row["group"] % tp == rank % tp]  # the ranks of one engine sampled the same
@@ -463,7 +465,7 @@ def main():
             rows += new
         lap("rollout")
         checked = {}
-        if args.engine == "vllm" and args.check_every and (step == first + 1 or step % args.check_every == 0):
+        if compared:
             checked = dict(zip(("mismatch", "mismatch_max"), mismatch(trainer, processor, rows, device, args.micro_tokens)))
             assert_same(*checked.values(), device, step)
         engine.sleep()

@@ -81,8 +81,9 @@ class ConsistencyJudge:
     @staticmethod
     def add_flags(group):
         add = group.add_argument
-        add("--judge", choices=["model", "rule", "random", "none"], default="model", help="who judges consistency; all but model are for C.11")
-        add("--judge_url", default="http://127.0.0.1:8000/v1", 
+        add("--judge", choices=["model", "rule", "random", "none"], default="model",
+            help="who judges consistency; all but model are for C.11")
+        add("--judge_url", default="http://127.0.0.1:8000/v1",
             help="OpenAI-compatible endpoint of the judge; its key, where one is needed, in OPENAI_API_KEY")
         add("--judge_model", default="Qwen/Qwen2.5-VL-7B-Instruct", help="its name there (the paper's)")
         add("--judge_noise", type=float, default=0.0, help="share of its answers that are flipped (C.11)")
@@ -184,7 +185,7 @@ def read_texts(path):
 
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@")
-    p.add_argument("--data", required=True, help='JSONL with a "text" a row, a whole judgement, and perhaps "label": 1 = consistent, 0 = not')
+    p.add_argument("--data", required=True, help='JSONL: "text" is a whole judgement; perhaps "label", 1 = consistent, 0 = not')
     p.add_argument("--out", help='JSONL to write: the rows with "consistency" added, 1, 0 or null; none = only the summary')
     p.add_argument("--seed", type=int, default=0, help="of --judge random and --judge_noise")
     ConsistencyJudge.add_flags(p.add_argument_group("judge"))

@@ -640,7 +640,7 @@ class HF:
         self.barred = barred(processor, policy.model.config.get_text_config().vocab_size)
 
     @torch.no_grad()
-    def generate(self, prompts, seeds=None, n=1, temperature=1.0, max_tokens=1024, batch=32):
+    def generate(self, prompts, seeds=None, n=1, temperature=1.0, max_tokens=1024, logps=False, batch=32):
         """Rows without a response -> [[sample, ...] a row], a sample being {"ids", "logps": None}. A batch shares its first row's seed."""
         model, rows, out = self.policy.model, [row | {"response": []} for row in prompts for _ in range(n)], []
         training = model.training
@@ -653,7 +653,8 @@ class HF:
                 torch.manual_seed(seeds[i // n])  # so samples repeat for the same batch only
             ids = model.generate(**{k: inputs[k] for k in INPUTS if k in inputs}, max_new_tokens=max_tokens, suppress_tokens=self.barred,
                                  eos_token_id=self.eos, pad_token_id=self.pad, repetition_penalty=1.0, use_cache=True, **how)
-            out += [line[:line.index(self.eos) + 1] if self.eos in line else line for line in ids[:, inputs["input_ids"].shape[1]:].tolist()]
+            ids = ids[:, inputs["input_ids"].shape[1]:].tolist()
+            out += [line[:line.index(self.eos) + 1] if self.eos in line else line for line in ids]
         model.train(training)
         samples = [{"ids": ids, "logps": None} for ids in out]
         return [samples[i * n:(i + 1) * n] for i in range(len(prompts))]
@@ -673,7 +674,8 @@ def validate(engine, processor, pairs, context, budget, max_new_tokens):
     """
     policy, pad, end = engine.module, processor.tokenizer.pad_token_id, processor.tokenizer.eos_token_id
     device, head = policy.model.device, policy.kind
-    greedy = lambda rows: [sample["ids"] for sample, in HF(policy, processor, device).generate(rows, temperature=0.0, max_tokens=max_new_tokens)]
+    hf = HF(policy, processor, device)
+    greedy = lambda rows: [sample["ids"] for sample, in hf.generate(rows, temperature=0.0, max_tokens=max_new_tokens)]
     engine.eval()
     mine = pairs[dist.get_rank()::dist.get_world_size()]
     groups = [group for group in (rows_of(pair, processor, head, context) for pair in mine) if not isinstance(group, str)]

@@ -263,7 +263,7 @@ def test_exact_match(text, answer, right):
 def command(toy, *words, ranks=1):
     run = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     return [sys.executable, *run, "downstream_grpo.py", "--model", "toy/weak", "--data", str(toy / "train.jsonl"), "--engine", "hf", "--chunk", "1", "--samples", "4",
-            "--rollout_batch", "6", "--train_batch", "12", "--max_new_tokens", "8", "--context", "512", "--lr", "1e-3", "--judge_retries", "1", *map(str, words)]
+            "--rollout_batch", "6", "--train_batch", "12", "--max_new_tokens", "8", "--context", "512", "--lr", "1e-3", "--judge_retries", "1", "--zero", "2", *map(str, words)]
 
 
 def run(toy, *words, fails=False, ranks=1):
