@@ -8,11 +8,16 @@ import argparse
 import json
 import os
 import platform
+import sys
 from pathlib import Path
 
-PLANTED = """What is planted: the stand-in annotator's reasonings come in four manners (hasty 55 %, careful 20 %, verbose 10 %, inconsistent 15 %).
-Hasty ones do not look at the picture, and the likeliest manner, so the greedy one after the cold start, is hasty. So most of what reinforcement learning gains here is that
-it finds the better manner, and a model made to begin carefully is about as good without it. The consistency judge is a rule behind HTTP."""
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: `toy` is found from the folder above
+from toy import world
+
+PLANTED = """What is planted: the stand-in annotator's reasonings come in four manners ({shares}). Hasty ones do not describe
+the picture: they are right about {seen}, and guess elsewhere; the likeliest manner, so the greedy one after the cold start, is hasty.
+Most of what reinforcement learning gains here is that it finds the better manner, and a model made to begin carefully is about as
+good without it. The consistency judge is a rule behind HTTP."""
 MODELS = {"base": "base model", "sft": "cold start (SFT)", "rl": "StableReinforce"}
 
 
@@ -60,7 +65,8 @@ def main():
             "| benchmark | rows | model | " + " | ".join(names) + " |", "|---|---:|---|" + "---:|" * len(names)]
     cell = lambda v: "" if v is None or v[0] is None else f"{v[0]:.1f} [{v[1]:.1f}, {v[2]:.1f}]"
     text += [f"| {bench} | {n} | {label} | " + " | ".join(cell(values.get(name)) for name in names) + " |" for bench, n, label, values in rows]
-    text += ["", PLANTED, "", "| training | first | last |", "|---|---:|---:|"]
+    shares = ", ".join(f"{manner} {share:.0%}" for manner, share in zip(world.MANNERS, world.SHARES))
+    text += ["", PLANTED.format(shares=shares, seen=" and ".join(world.AT_A_GLANCE)), "", "| training | first | last |", "|---|---:|---:|"]
     for folder, keys in (("sft", ("val_loss", "val_format", "val_accuracy")),
                          ("rl", ("reward", "result", "consistency", "format", "length", "eval_greedy", "eval_sampled"))):
         text += [f"| {folder}: {key} | {a:.3f} | {b:.3f} |" for key, (a, b) in training(out / folder, keys).items()]

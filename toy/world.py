@@ -11,8 +11,8 @@ each of the answers is the right one in one twin. So whoever looks only at the t
 exactly half of the cases (tests/test_toy.py). Text-only items are the exception: there the question tells the scene.
 
 What is planted, and must be said wherever a result is shown: the annotator's reasonings come in four MANNERS of unequal
-worth, as people's do. Hasty ones glance: that finds one thing, but neither counts nor compares. Inconsistent ones conclude one thing and answer
-the other. Reinforcement learning can find the better manner; that is most of what it finds here.
+worth, as people's do. Hasty ones glance: that tells a colour or a shape, and the rest is a guess. Inconsistent ones conclude
+one thing and answer the other. Reinforcement learning can find the better manner; that is most of what it finds here.
 
 $ python toy/world.py --show out/toy/world.png      # a contact sheet: each family, easy to hard
 """
@@ -29,9 +29,9 @@ SHAPES = ["circle", "square", "triangle", "diamond"]
 PLACES = ["top left", "top right", "bottom left", "bottom right"]
 COUNTS = ["zero", "one", "two", "three", "four"]
 FAMILIES = ["colour", "shape", "count", "position", "comparison", "absence"]
-AT_A_GLANCE = ["colour", "position"]  # what the hasty manner sees; elsewhere it guesses
+AT_A_GLANCE = ["colour", "shape"]  # what the hasty manner sees; elsewhere it guesses
 MANNERS = ("hasty", "careful", "verbose", "inconsistent")
-SHARES = (0.55, 0.20, 0.10, 0.15)  # of the manners in the annotator's reasonings: planted (see above)
+SHARES = (0.60, 0.18, 0.08, 0.14)  # of the manners in the annotator's reasonings: planted (see above)
 CELL, SIZE = 28, 56  # pixels
 
 # ---------------------------------------------------------------------------------------------------
