@@ -445,7 +445,8 @@ def loop_flags(p):
     add("--min_pixels", type=int, help="smallest image, pixels; none = as the model's processor has it")
     add("--max_pixels", type=int, help="largest image, pixels; none = as the model's processor has it")
     add("--freeze_vision", action="store_true", help="do not train the vision tower")
-    add("--recompute", action="store_true", help="gradient checkpointing: less memory, a third more compute")
+    add("--recompute", action=argparse.BooleanOptionalAction, default=True,
+        help="compute activations again in the backward: a third more work, far less memory")
     add = p.add_argument_group("rollout").add_argument
     add("--engine", choices=["vllm", "hf"], default="vllm", help="who samples; hf is slow and needs no vLLM")
     add("--rollout_batch", type=int, default=256, help="pairs (in stage 5 tasks) a step, over all ranks (256 in the paper)")
