@@ -40,9 +40,8 @@ import rl
 import sft
 from toy import model as toy_model, world
 
-SHAPES = {  # Qwen2.5-VL's; tiny and small are the toy's
-    "7b": (dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4), 152064, False),
-    "3b": (dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2), 151936, True),
+SHAPES = {  # Qwen2.5-VL's: width, MLP, layers, heads, key-value heads, vocabulary, tied; tiny and small are the toy's, of 0.8M and 77M
+    "7b": (3584, 18944, 28, 28, 4, 152064, False), "3b": (2048, 11008, 36, 16, 2, 151936, True),
     "small": dict(hidden=1024, layers=8), "tiny": dict(hidden=128, layers=3)}
 TOKENS = 151_665  # Qwen's; what the vocabulary has beyond them is padding
 PEAK = {"H100": 989, "H200": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "B200": 2250}  # dense bfloat16 TFLOP/s of a GPU
@@ -58,8 +57,9 @@ def filled(tokenizer, size):
     learned = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     vocab = {token: i for token, i in learned["vocab"].items() if token not in toy_model.SPECIAL}
     vocab |= {f"<filler {i}>": i for i in range(len(vocab), size - len(toy_model.SPECIAL))}
-    return Qwen2TokenizerFast(vocab=vocab, merges=[tuple(m) for m in learned["merges"]], unk_token=None, eos_token="<|im_end|>", bos_token=None,
-                              pad_token="<|endoftext|>", additional_special_tokens=toy_model.SPECIAL, chat_template=toy_model.CHAT)
+    return Qwen2TokenizerFast(vocab=vocab, merges=[tuple(m) for m in learned["merges"]], unk_token=None, bos_token=None,
+                              eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=toy_model.SPECIAL,
+                              chat_template=toy_model.CHAT)
 
 
 def make(folder, args, device):
@@ -70,15 +70,18 @@ def make(folder, args, device):
     if isinstance(shape, dict):
         config = toy_model.make_config(tokenizer, **shape)
     else:
-        text, vocabulary, tied = shape
+        *text, vocabulary, tied = shape
+        keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
         tokenizer = filled(tokenizer, TOKENS)
         ids = {name: tokenizer.convert_tokens_to_ids(name) for name in toy_model.SPECIAL}
         config = Qwen2_5_VLConfig(
-            text_config=text | dict(vocab_size=vocabulary, max_position_embeddings=128000, rms_norm_eps=1e-6, tie_word_embeddings=tied,
-                                    rope_parameters={"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6},
-                                    bos_token_id=None, eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"]),
-            vision_config=dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=text["hidden_size"], patch_size=14,
-                               spatial_merge_size=2, temporal_patch_size=2, window_size=112, fullatt_block_indexes=[7, 15, 23, 31]),
+            text_config=dict(zip(keys, text)) | dict(
+                vocab_size=vocabulary, max_position_embeddings=128000, rms_norm_eps=1e-6, tie_word_embeddings=tied, bos_token_id=None,
+                rope_parameters={"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6},
+                eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"]),
+            vision_config=dict(
+                depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=text[0], patch_size=14,
+                spatial_merge_size=2, temporal_patch_size=2, window_size=112, fullatt_block_indexes=[7, 15, 23, 31]),
             image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"],
             vision_end_token_id=ids["<|vision_end|>"], tie_word_embeddings=tied)
     if args.layers:
@@ -124,7 +127,7 @@ def operations(config, rows):
         n = sft.length(row)
         total += 6 * t.num_hidden_layers * (layer * n + t.hidden_size * n**2) + 6 * t.hidden_size * t.vocab_size * len(row["response"])
         for p in (int(grid.prod()) for grid in row["image_grid_thw"]):  # patches
-            seen = full * p + (v.depth - full) * min(p, (v.window_size // v.patch_size)**2)  # patches that a patch attends to, in all blocks
+            seen = full * p + (v.depth - full) * min(p, (v.window_size // v.patch_size)**2)  # by a patch, in all blocks
             total += 6 * p * (v.depth * block + join / merged) + 12 * v.hidden_size * p * seen
     return total
 
@@ -168,7 +171,8 @@ class Measure:
 def updates(args, flags, trainer, rows, pad, device, config, measure):
     """[[budget, micro-batches, seconds, tokens a second, MFU, memory], ...]"""
     loss, mean = rl.loss_function(flags)
-    peak = args.peak or next((tflops for name, tflops in PEAK.items() if device.type == "cuda" and name in torch.cuda.get_device_name(device)), 0)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    peak = args.peak or next((tflops for key, tflops in PEAK.items() if key in name), 0)
     found, tokens = [], sum(map(sft.length, rows))
     for budget in args.budgets:
         flags.micro_tokens, name = budget, f"update {budget}"
@@ -222,10 +226,10 @@ def report(args, flags, about, policy, rows, measure, made, tokens, by_budget):
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     return "\n\n".join([
         f"## A step at the shape {args.shape}" + (f", {args.layers} layers" if args.layers else ""),
-        f"{size:,} random weights; {about['ranks']} rank(s), {about['device']}, {about['threads']} thread(s); {args.samples} samples a rank, prompts of "
-        f"{tokens / len(rows) - made / len(rows):.0f} tokens, samples of {made / len(rows):.0f}; --micro_tokens {args.budgets[-2:][0]}, ZeRO {args.zero}"
-        f"{', recomputation' if args.recompute else ''}. Medians of {args.repeats}. {versions}; seed {args.seed}; {time.strftime('%Y-%m-%d')}; "
-        f"`python bench/gpu.py {' '.join(sys.argv[1:])}`",
+        f"{size:,} random weights; {about['ranks']} rank(s), {about['device']}, {about['threads']} thread(s); {args.samples} samples a "
+        f"rank, prompts of {(tokens - made) / len(rows):.0f} tokens, samples of {made / len(rows):.0f}; --micro_tokens "
+        f"{args.budgets[-2:][0]}, ZeRO {args.zero}{', recomputation' if args.recompute else ''}. Medians of {args.repeats}. {versions}; "
+        f"seed {args.seed}; {time.strftime('%Y-%m-%d')}; `python bench/gpu.py {' '.join(sys.argv[1:])}`",
         table(["phase", "seconds", "tokens a second and rank", "memory, GiB"], body),
         "The update by the size of its micro-batches:",
         table(["--micro_tokens", "micro-batches", "seconds", "tokens a second and rank", "MFU", "memory, GiB"], by_budget)]) + "\n"
@@ -240,7 +244,8 @@ def parser():
     add("--new_tokens", type=int, default=512, help="of each sample")
     add("--image_tokens", type=int, default=576, help="of each prompt's picture; a square number")
     add("--words", type=int, default=200, help="of each of the two answers")
-    add("--budgets", type=int, nargs="+", default=[4096, 8192, 16384, 32768], help="--micro_tokens to try, rising; the step takes the last but one")
+    add("--budgets", type=int, nargs="+", default=[4096, 8192, 16384, 32768],
+        help="--micro_tokens to try, rising; the step takes the last but one")
     add("--repeats", type=int, default=3, help="of each measure, after one that does not count")
     add("--zero", type=int, default=2, help="DeepSpeed ZeRO stage")
     add("--recompute", action="store_true", help="gradient checkpointing")
@@ -302,7 +307,6 @@ def main():
     dist.barrier()
     if rank == 0 and not args.work:
         shutil.rmtree(work)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

