@@ -18,16 +18,18 @@ toy: setup
 test: setup
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q  # tests start processes of their own: more threads each only get in the way
 
-# One thread a process, so that a number says the same on every machine. Where TRL cannot be fetched its column stays empty.
+# One thread a process, so that a number says the same on every machine. Where TRL cannot be fetched its column stays empty. After
+# make toy there is a judge that reasons; toy/base just answers.
 bench: export OMP_NUM_THREADS = 1
 bench: PY = $(VENV)/bin/python
 bench: setup
 	$(PY) toy/sources.py --out out/toy/data
 	-$(PY) bench/step.py --setup_trl out/trl
 	$(PY) bench/step.py --out out/bench/step.md
-	$(PY) bench/gpu.py --shape small --samples 4 --new_tokens 16 --image_tokens 4 --words 8 --budgets 512 1024 --out out/bench/gpu.md
+	$(PY) bench/gpu.py --shape small --samples 2 --new_tokens 16 --image_tokens 4 --words 8 --budgets 512 1024 --out out/bench/gpu.md
 	$(PY) bench/token_logps.py --tokens 2048 --repeats 2 --out out/bench/token_logps.md
-	$(PY) bench/evaluate.py --model toy/base --data out/toy/data/dev/pairs.jsonl --limit 64 --seconds 40 --out out/bench/evaluate.md
+	$(PY) bench/evaluate.py --model $(if $(wildcard out/toy/rl/config.json),out/toy/rl,toy/base) \
+		--data out/toy/data/dev/pairs.jsonl --limit 64 --seconds 40 --out out/bench/evaluate.md
 	$(PY) bench/annotate.py --out out/bench/annotate.md
 	{ printf '# Speed\n\nBy `make bench`. How each number is taken stands at the head of its script.\n'; \
 	for part in step gpu token_logps evaluate annotate; do echo; cat out/bench/$$part.md; done; } > results/bench.md

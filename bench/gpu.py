@@ -62,31 +62,34 @@ def filled(tokenizer, size):
                               chat_template=toy_model.CHAT)
 
 
+def configured(shape, layers=0):
+    """(configuration, tokenizer) of a shape; layers: of the language model, 0 = as it has."""
+    from transformers import Qwen2_5_VLConfig
+
+    tokenizer, shape = toy_model.make_tokenizer(), SHAPES[shape]
+    if isinstance(shape, dict):
+        return toy_model.make_config(tokenizer, **shape | {"layers": layers or shape["layers"]}), tokenizer
+    tokenizer = filled(tokenizer, TOKENS)
+    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in toy_model.SPECIAL}
+    width, mlp, depth, heads, groups, vocabulary, tied = shape
+    return Qwen2_5_VLConfig(
+        text_config=dict(
+            hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers or depth, num_attention_heads=heads,
+            num_key_value_heads=groups, vocab_size=vocabulary, max_position_embeddings=128000, rms_norm_eps=1e-6, tie_word_embeddings=tied,
+            rope_parameters={"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6},
+            bos_token_id=None, eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"]),
+        vision_config=dict(
+            depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=width, patch_size=14, spatial_merge_size=2,
+            temporal_patch_size=2, window_size=112, fullatt_block_indexes=[7, 15, 23, 31]),
+        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"], tie_word_embeddings=tied), tokenizer
+
+
 def make(folder, args, device):
     """Write the model's folder, as Qwen/Qwen2.5-VL-7B-Instruct is one."""
-    from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
-    tokenizer, shape = toy_model.make_tokenizer(), SHAPES[args.shape]
-    if isinstance(shape, dict):
-        config = toy_model.make_config(tokenizer, **shape)
-    else:
-        *text, vocabulary, tied = shape
-        keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-        tokenizer = filled(tokenizer, TOKENS)
-        ids = {name: tokenizer.convert_tokens_to_ids(name) for name in toy_model.SPECIAL}
-        config = Qwen2_5_VLConfig(
-            text_config=dict(zip(keys, text)) | dict(
-                vocab_size=vocabulary, max_position_embeddings=128000, rms_norm_eps=1e-6, tie_word_embeddings=tied, bos_token_id=None,
-                rope_parameters={"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6},
-                eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"]),
-            vision_config=dict(
-                depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=text[0], patch_size=14,
-                spatial_merge_size=2, temporal_patch_size=2, window_size=112, fullatt_block_indexes=[7, 15, 23, 31]),
-            image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"],
-            vision_end_token_id=ids["<|vision_end|>"], tie_word_embeddings=tied)
-    if args.layers:
-        config.text_config.num_hidden_layers = args.layers
-        config.text_config.layer_types = config.text_config.layer_types[:args.layers]
+    config, tokenizer = configured(args.shape, args.layers)
     with torch.device(device):  # billions of random numbers: minutes on a CPU
         model = Qwen2_5_VLForConditionalGeneration(config).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
     end, pad = config.text_config.eos_token_id, config.text_config.pad_token_id

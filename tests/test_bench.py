@@ -4,7 +4,6 @@ two idle cores: the scripts run two at a time.
 
 $ python -m pytest tests/test_bench.py
 """
-import ast
 import importlib.util
 import os
 import subprocess
@@ -57,20 +56,38 @@ def tables(ran, section):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
 
 
+def load(name):
+    """The module of a script: bench/evaluate.py and evaluate.py have the same name."""
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / "bench" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_all_scripts_are_tried():
     assert sorted(SMALLEST) == SCRIPTS
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_commands_of_each_docstring_are_taken(name):
-    path = ROOT / "bench" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"bench_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found = list(commands(ast.get_docstring(ast.parse(path.read_text())), "$ "))
+    module = load(name)
+    found = list(commands(module.__doc__, "$ "))
     assert found and all(script == f"bench/{name}.py" for script, _ in found)
     for _, words in found:
         module.parser().parse_args(words)
+
+
+@pytest.mark.parametrize("shape, size", [("3b", 3_754_622_976), ("7b", 8_292_166_656)])
+def test_the_large_shapes_are_qwens(shape, size):
+    """As many weights as Qwen2.5-VL-3B-Instruct and -7B-Instruct have; its tokenizer's size, and the toy's own tokens."""
+    import torch
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    config, tokenizer = load("gpu").configured(shape)
+    with torch.device("meta"):
+        assert sum(p.numel() for p in Qwen2_5_VLForConditionalGeneration(config).parameters()) == size
+    assert len(tokenizer) == 151_665 and tokenizer.decode(tokenizer("the image 12").input_ids) == "the image 12"
+    assert len(tokenizer("1<|image_pad|>2<|im_end|>").input_ids) == 4
 
 
 def test_token_logps(done):
