@@ -255,7 +255,8 @@ def report(args, found):
     return "\n\n".join([
         "## One RL step",
         f"Seconds a step: median (least-most) of {args.rounds} rounds or more taken in turns, {args.threads} thread(s) each. Goals: "
-        f"rl.py at most 1.15 floors, TRL at least 1.5 times as long as rl.py.\n{', '.join(about)}; `python bench/step.py {' '.join(sys.argv[1:])}`",
+        f"rl.py at most 1.15 floors, TRL at least 1.5 times as long as rl.py.\n{', '.join(about)}; "
+        f"`python bench/step.py {' '.join(sys.argv[1:])}`",
         table(["samples x tokens", "rl.py", "samples a second", "floor", "rl.py / floor", "TRL", "TRL / rl.py"], speed),
         "Phases, median seconds:",
         table(["samples x tokens", "rl.py", "floor"], [[f"{at[0]} x {at[1]}", phases(at, "rl.py"), phases(at, "floor")] for at in cells]),
@@ -313,7 +314,7 @@ def main():
         args.data = f"{args.work}/pairs.jsonl"
         write_pairs(args.data, pairs)
         ours = Contender("rl.py", args)
-        rivals = [ours, Contender("floor", args)] + [Contender("TRL", args, python=there)] * there.exists()
+        rivals = [ours, Contender("floor", args), *([Contender("TRL", args, python=there)] if there.exists() else [])]
         found = {}
         for cell in itertools.product(args.samples, args.tokens):
             found[cell] = take_turns(rivals, cell, args.rounds)
