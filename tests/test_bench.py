@@ -45,6 +45,7 @@ def done(tmp_path_factory):
     with ThreadPoolExecutor(2) as pool:
         jobs = {name: pool.submit(run, name) for name in ("step", "gpu", "evaluate", "token_logps", "annotate")}
         yield lambda name: jobs[name].result()
+        pool.shutdown(cancel_futures=True)  # when only some tests are run
 
 
 def tables(ran, section):
