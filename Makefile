@@ -1,7 +1,7 @@
 # make setup   a virtual environment in .venv, for the GPU if there is one, else for the CPU
 # make toy     the whole pipeline on the toy world, two CPU cores, about ten minutes
 # make test    every test
-# make bench   speed beside what one would use instead, into results/bench.md, about 13 minutes; fetches TRL into out/trl (5 GB)
+# make bench   speed beside what one would use instead, into results/bench.md, about 13 minutes; fetches TRL into out/trl/.venv (5 GB)
 # Needs Python 3.11 or newer and make, nothing else. make setup PYTHON=/path/to/python chooses another Python.
 
 VENV ?= .venv
@@ -24,7 +24,7 @@ bench: export OMP_NUM_THREADS = 1
 bench: PY = $(VENV)/bin/python
 bench: setup
 	$(PY) toy/sources.py --out out/toy/data
-	-$(PY) bench/step.py --setup_trl out/trl
+	-$(PY) bench/step.py --setup_trl out/trl/.venv
 	$(PY) bench/step.py --out out/bench/step.md
 	$(PY) bench/gpu.py --shape small --samples 2 --new_tokens 16 --image_tokens 4 --words 8 --budgets 512 1024 --out out/bench/gpu.md
 	$(PY) bench/token_logps.py --tokens 2048 --repeats 2 --out out/bench/token_logps.md

@@ -11,7 +11,7 @@ Each contender lives in a process of its own, on one rank and --threads threads,
 while the others sleep, so that whatever else the machine does meets them alike; a cell's first round is not counted.
 TRL wants 2 samples a prompt or more, so all have 2. Its micro-batch of --trl_rows sequences is about rl.py's --micro_tokens.
 
-$ python bench/step.py --setup_trl out/trl
+$ python bench/step.py --setup_trl out/trl/.venv
 $ python bench/step.py --data out/toy/data/test/pairs.jsonl --out out/bench/step.md
 """
 import argparse
@@ -281,7 +281,7 @@ def parser():
     add("--trl_rows", type=int, default=32, help="TRL's micro-batch, sequences; a divisor of --samples")
     add("--context", type=int, default=1024, help="longest prompt and sample together, tokens")
     add("--threads", type=int, default=1, help="of each contender")
-    add("--trl", default="out/trl", help="TRL's environment; TRL is left out where there is none")
+    add("--trl", default="out/trl/.venv", help="TRL's environment; TRL is left out where there is none")
     add("--setup_trl", metavar="DIR", help="make that environment, or bring it up to date, and stop")
     add("--seed", type=int, default=0, help="of the order of the pairs and of rl.py's samples")
     add("--out", help="file for the tables, in markdown")

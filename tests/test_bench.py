@@ -19,7 +19,7 @@ from test_layout import commands
 from toy.sources import Source, pairs
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "bench").glob("*.py"))
-TRL = ROOT / "out" / "trl"  # where make bench has it
+TRL = ROOT / "out" / "trl" / ".venv"  # where make bench has it
 SMALLEST = {
     "annotate": "--pairs 20 --latency 0.05 --concurrency 4",
     "token_logps": "--vocabulary 512 --hidden 128 --tokens 32 --rows 2 --prompt 4 --repeats 1",
