@@ -7,16 +7,16 @@ Stage 1: preference sets -> pairs; an MLLM judges each pair, up to 3 attempts ->
   write      all pairs; for SFT the solved ones with their reasoning; for RL those of 2 or 3 attempts and the failed ones; a report
 
 Where the paper is silent, or differs:
-1) attempt k is sent with seed k - 1. At temperature 0 attempts differ only by what an API does not repeat exactly; an endpoint
-   that does repeat (vLLM) makes the same mistake three times. --temperature 0.7, say, makes attempts differ by their seeds
+1) attempt k is sent with seed k - 1. At temperature 0 an endpoint that repeats itself exactly (vLLM) makes the same mistake three
+   times; --temperature 0.7, say, makes attempts differ
 2) VLFeedback: one pair a prompt, the best answer against the worst by the mean of the three ratings
 3) WildVision-Battle: a later turn's question holds what was said before; rows whose models were told different things are dropped
 4) pictures first, then the text (the released RL set has the text first), as in evaluation. Pictures above --max_pixels are
    sent smaller, the others as they are; of a video --max_frames evenly spaced frames are sent
 5) "no pair twice": same question, same two answers in either order, same pictures by their pixels; of two, MM-RLHF's stays
 6) --decontaminate: 864 of VL-RewardBench's 1,250 rows come from the training sources; the paper does not speak of it. Off by default
-7) --both_orders: each pair also swapped, annotated apart; a pair whose every verdict is wrong in both orders gets
-   "contradicted": true, as the label may be what is wrong
+7) --both_orders: each pair also swapped, annotated apart; "contradicted": true marks a pair whose every verdict is wrong in both
+   orders, as the label may be what is wrong
 8) --mode critique: a critique of each single answer, for the critic of Table 5 (sft.py --head critic); the prompt is ours
 
 The toy, 6,000 pairs from seven sources; the stand-in annotator runs in another terminal:
@@ -40,10 +40,8 @@ import asyncio
 import base64
 import contextlib
 import fcntl
-import functools
 import hashlib
 import io
-import itertools
 import json
 import os
 import random
@@ -54,6 +52,8 @@ import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import parsedate_to_datetime
+from functools import lru_cache
+from itertools import chain, count, islice
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -120,59 +120,6 @@ def check_pair(row, where):
     return row
 
 
-def located_lines(path):
-    """(offset in bytes, where, object) of each line of a JSONL file."""
-    offset = 0
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            where = f"{path}, line {number}"
-            if not line.strip():
-                raise Unusable(f"{where} is empty; legal: one JSON object a line")
-            try:
-                yield offset, where, json.loads(line)
-            except (ValueError, RecursionError) as problem:
-                raise Unusable(f"{where} is no JSON ({problem}); legal: one JSON object a line. Is the file cut off?") from None
-            offset += len(line)
-
-
-def json_lines(path):
-    return ((where, row) for _, where, row in located_lines(path))
-
-
-def each_pair(path):
-    """The pairs of a JSONL file one by one, the paths in them joined to its folder."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; legal: a JSONL file of pairs, as annotate.py writes")
-    for where, row in json_lines(path):
-        pair = check_pair(row, where)
-        pair["images"] = [os.path.join(path.parent, p) for p in pair["images"]]
-        pair["video"] = pair["video"] and [os.path.join(path.parent, p) for p in pair["video"]]
-        yield pair
-
-
-def read_pairs(path, limit=None):
-    """All pairs of a JSONL file; limit = the first so many."""
-    return list(itertools.islice(each_pair(path), limit))
-
-
-def write_pairs(path, pairs):
-    """The opposite of read_pairs: paths become relative to the file's folder. The file appears whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    relative = lambda p: os.path.relpath(p, path.parent)
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8", errors="backslashreplace") as file:  # half a surrogate pair becomes JSON's \udXXX
-        for i, pair in enumerate(pairs):
-            row = dict(check_pair(pair, f"pair {i} of {path}"))
-            row["images"] = [relative(p) for p in row["images"]]
-            row["video"] = row["video"] and [relative(p) for p in row["video"]]
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
 def swap(pair):
     """
     The same pair with its answers in the other order; swapped twice it is itself.
@@ -202,28 +149,81 @@ def messages(pair, order=0):
     return turn(pair, JUDGING_PROMPT.format(question=pair["question"], answer1=first, answer2=second))
 
 
+def loads(text, where, legal="one JSON object a line"):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as problem:
+        raise Unusable(f"{where} is no JSON ({problem}); legal: {legal}. Is the file cut off?") from None
+
+
+def located_lines(path):
+    """(offset in bytes, where, object) of each line of a JSONL file."""
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            where = f"{path}, line {number}"
+            if not line.strip():
+                raise Unusable(f"{where} is empty; legal: one JSON object a line")
+            yield lines.tell() - len(line), where, loads(line, where)
+
+
+def each_pair(path):
+    """The pairs of a JSONL file one by one, the paths in them joined to its folder."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; legal: a JSONL file of pairs, as annotate.py writes")
+    for _, where, row in located_lines(path):
+        pair = check_pair(row, where)
+        for field in ("images", "video"):
+            pair[field] = pair[field] and [os.path.join(path.parent, p) for p in pair[field]]
+        yield pair
+
+
+def read_pairs(path, limit=None):
+    """All pairs of a JSONL file; limit = the first so many."""
+    return list(islice(each_pair(path), limit))
+
+
+@contextlib.contextmanager
+def whole(path, ending=".part"):
+    """A file to write bytes to that appears under its name whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(path.name + ending).open("wb") as part:
+        yield part
+    os.replace(part.name, path)
+
+
+def write_pairs(path, pairs):
+    """The opposite of read_pairs: paths become relative to the file's folder. The file appears whole or not at all."""
+    path = Path(path)
+    with whole(path) as file:
+        for i, pair in enumerate(pairs):
+            row = dict(check_pair(pair, f"pair {i} of {path}"))
+            for field in ("images", "video"):
+                row[field] = row[field] and [os.path.relpath(p, path.parent) for p in row[field]]
+            line = json.dumps(row, ensure_ascii=False) + "\n"
+            file.write(line.encode(errors="backslashreplace"))  # half a surrogate pair becomes JSON's \udXXX
+        file.flush()
+        os.fsync(file.fileno())
+
+
 # ---------------------------------------------------------------------------------------------------
-# Sources. A function for each makes of a row what was found: {id, question, chosen, rejected, images (paths or bytes) or video
-# (paths of frames)}, where a picture that is not there is None; or the reason to drop the row.
+# 1. Collect: rows of the sources -> out/read/*.jsonl, a file a source, each written once; pictures inside parquet become files.
+# A function for each source makes of a row what was found: {id, question, responses (the better one first), images (paths or
+# bytes) or video (paths of frames)}, where a picture that is not there is None; or {drop: the reason to drop the row}.
 
 
 def locate(folder, name, *below):
     """
     The file that a row names: under folder or its subfolders `below`, by the longest end of the name that is there; so a path
-    on another machine's disk is found by its last parts. None: nowhere. A URL stays what it is.
+    on another machine's disk is found by its last parts. None: nowhere. A URL stays what it is; of a parquet cell with bytes those.
     """
-    if not isinstance(name, str) or not name or "\0" in name or "://" in name:
+    if isinstance(name, dict):  # a parquet cell {bytes, path}
+        return locate(folder, name["path"], *below) if name["bytes"] is None else name["bytes"]
+    if not name or "\0" in name or "://" in name:
         return name if name and "://" in name else None
     parts = Path(name).parts
     tries = (os.path.join(folder, b, *parts[i:]) for i in range(len(parts)) for b in ("", *below))
     return next((path for path in tries if os.path.exists(path)), None)
-
-
-def picture(value, folder):
-    """A picture as a row holds it: a path, or a parquet cell {bytes, path}."""
-    if not isinstance(value, dict):
-        return locate(folder, value)
-    return locate(folder, value["path"]) if value["bytes"] is None else value["bytes"]
 
 
 def frames(folder):
@@ -233,19 +233,22 @@ def frames(folder):
     return [str(p) for p in sorted((p for p in inside if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")), key=order)]
 
 
-def told(turns):
+def told(better, worse):
     """
-    What the last of these turns answers: the question, after what was said before it, if anything was.
+    Two conversations, equal up to the last turn -> the question, after what was said before it, if anything was; and both answers.
 
-    >>> told([("user", "Q"), ("assistant", "A")]), told([("user", "Q"), ("assistant", "A"), ("user", "R"), ("assistant", "B")])
-    ('Q', 'user: Q\\nassistant: A\\nuser: R')
+    >>> told([("user", "Q"), ("bot", "A"), ("user", "R"), ("bot", "B")], [("user", "Q"), ("bot", "A"), ("user", "R"), ("bot", "C")])
+    {'question': 'user: Q\\nbot: A\\nuser: R', 'responses': ['B', 'C']}
     """
-    return turns[0][1] if len(turns) == 2 else "\n".join(f"{who}: {text}" for who, text in turns[:-1])
+    if better[:-1] != worse[:-1]:
+        return {"drop": "different histories"}
+    question = better[0][1] if len(better) == 2 else "\n".join(f"{who}: {text}" for who, text in better[:-1])
+    return {"question": question, "responses": [better[-1][1], worse[-1][1]]}
 
 
 def rlaif_v(row, number, folder):
-    return {"id": f"RLAIF-V-{row['idx']}", "question": row["question"], "chosen": row["chosen"], "rejected": row["rejected"],
-            "images": [picture(row["image"], folder)]}
+    return {"id": f"RLAIF-V-{row['idx']}", "question": row["question"], "responses": [row["chosen"], row["rejected"]],
+            "images": [locate(folder, row["image"])]}
 
 
 def vlfeedback(row, number, folder):
@@ -254,30 +257,26 @@ def vlfeedback(row, number, folder):
     if isinstance(answers, dict):  # as `datasets` turns it round: a dictionary of lists
         turned = lambda node, i: {k: turned(v, i) for k, v in node.items()} if isinstance(node, dict) else node[i]
         answers = [turned(answers, i) for i in range(len(answers["response"]))]
-    rated, reason = [], "tie"
+    rated, drop = {}, "tie"  # {sum of the ratings: the first answer that has it}
     for answer in answers:
         ratings = [str(note["Rating"]).strip() for note in answer["annotations"].values()]
         if not (answer["response"] or "").strip():
-            reason = "empty answer"
+            drop = "empty answer"
         elif not all(re.fullmatch("[0-9]+([.][0-9]+)?", rating) for rating in ratings):
-            reason = "non-numeric rating"
+            drop = "non-numeric rating"
         else:
-            rated.append((sum(map(float, ratings)), answer["response"]))
-    score = lambda answer: answer[0]
-    if len(set(map(score, rated))) < 2:
-        return reason
-    return {"id": row["id"], "question": row["prompt"], "images": [locate(folder, row["img_path"], "merged_images")],
-            "chosen": max(rated, key=score)[1], "rejected": min(rated, key=score)[1]}  # of equals the first
+            rated.setdefault(sum(map(float, ratings)), answer["response"])
+    if len(rated) < 2:
+        return {"drop": drop}
+    return {"id": row["id"], "question": row["prompt"], "responses": [rated[max(rated)], rated[min(rated)]],
+            "images": [locate(folder, row["img_path"], "merged_images")]}
 
 
 def povid(row, number, folder):
     """Conversations in LLaVA's form; the pictures are COCO train2014's, which come apart."""
-    a, b = ([({"human": "user", "gpt": "assistant"}.get(t["from"], t["from"]), t["value"].replace("<image>", "").strip())
-             for t in row[side]] for side in ("conversations", "rejected_conversations"))
-    if a[:-1] != b[:-1]:
-        return "different histories"
-    return {"id": row["id"], "question": told(a), "chosen": a[-1][1], "rejected": b[-1][1],
-            "images": [locate(folder, row["image"], "coco", "train2014", "coco/train2014")]}
+    better, worse = ([({"human": "user", "gpt": "assistant"}.get(t["from"], t["from"]), t["value"].replace("<image>", "").strip())
+                      for t in row[side]] for side in ("conversations", "rejected_conversations"))
+    return told(better, worse) | {"id": row["id"], "images": [locate(folder, row["image"], "coco", "train2014", "coco/train2014")]}
 
 
 def wildvision(row, number, folder):
@@ -285,21 +284,18 @@ def wildvision(row, number, folder):
     a, b = ([(t["role"], t["content"]) for t in row[side]] for side in ("conversation_a", "conversation_b"))
     winner = row["winner"] or "none"
     if winner not in ("model_a", "model_b"):
-        return "tie" if winner.startswith("tie") else "no winner"
-    if a[:-1] != b[:-1]:
-        return "different histories"
-    best, worst = (a, b) if winner == "model_a" else (b, a)
-    return {"id": f"wildvision-battle-{number}", "question": told(a), "chosen": best[-1][1], "rejected": worst[-1][1],
-            "images": [picture(row["image"], folder)]}
+        return {"drop": "tie" if winner.startswith("tie") else "no winner"}
+    found = told(a, b) if winner == "model_a" else told(b, a)
+    return found | {"id": f"wildvision-battle-{number}", "images": [locate(folder, row["image"])]}
 
 
 def own(row, number, folder):
     """People's own data, and the commonest form: {prompt, chosen, rejected}; id and image, images or video (frames) if any."""
-    found = {"id": row.get("id", f"row-{number}"), "question": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]}
+    found = {"id": row.get("id", f"row-{number}"), "question": row["prompt"], "responses": [row["chosen"], row["rejected"]]}
     if video := row.get("video"):
         return found | {"video": [locate(folder, v) for v in video] if isinstance(video, list) else frames(locate(folder, video))}
     images = row.get("images") or row.get("image") or []
-    return found | {"images": [picture(i, folder) for i in (images if isinstance(images, list) else [images])]}
+    return found | {"images": [locate(folder, i) for i in (images if isinstance(images, list) else [images])]}
 
 
 def mm_rlhf(row, number, folder):
@@ -319,10 +315,10 @@ def r1_reward_rl(row, number, folder):
     parts = {part["type"]: part[part["type"]] for part in message[0]["content"]}
     asked, choice = R1_TEXT.search(parts["text"]), parse("".join(row["answer"])).choice
     if asked is None or choice is None:
-        return "no verdict" if asked else "unknown layout"
+        return {"drop": "no verdict" if asked else "unknown layout"}
     image = row["image"] and base64.b64decode(row["image"].rpartition(",")[2]) if "image" in row else locate(folder, parts["image"])
-    return {"id": f"R1-Reward-RL-{number}", "question": asked[1].strip(), "chosen": asked[1 + choice].strip(),
-            "rejected": asked[4 - choice].strip(), "images": [image]}
+    return {"id": f"R1-Reward-RL-{number}", "question": asked[1].strip(), "images": [image],
+            "responses": [asked[1 + choice].strip(), asked[4 - choice].strip()]}
 
 
 SOURCES = {  # name: (what reads a row, where the rows are in the download, the fields each has)
@@ -335,30 +331,14 @@ SOURCES = {  # name: (what reads a row, where the rows are in the download, the 
     "pairs": (own, ["pairs.jsonl"], "prompt chosen rejected"),  # FORK: a source of yours is a function and a line
 }
 
-# ---------------------------------------------------------------------------------------------------
-# 1. Collect: rows -> out/read/*.jsonl, a file a source, each written once; pictures inside parquet become files
-
-
-def json_list(path):
-    try:
-        table = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as problem:
-        raise Unusable(f"{path} is no JSON ({problem}); legal: one list of objects. Is the file cut off?") from None
-    if not isinstance(table, list):
-        raise Unusable(f"{path} is {type(table).__name__}; legal: one list of objects")
-    for number, row in enumerate(table, 1):
-        yield f"{path}, item {number}", row
-
 
 def parquet_rows(path):
-    import pyarrow
-    import pyarrow.parquet as parquet
+    import pyarrow.parquet
 
     number = 0
     try:
-        for batch in parquet.ParquetFile(path).iter_batches(batch_size=32):  # a picture can have megabytes
-            for row in batch.to_pylist():
-                number += 1
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=32):  # a picture can have megabytes
+            for number, row in enumerate(batch.to_pylist(), number + 1):
                 yield f"{path}, row {number}", row
     except (pyarrow.ArrowException, OSError) as problem:
         raise Unusable(f"{path}, after row {number}: no parquet ({problem}). Is the file cut off?") from None
@@ -371,45 +351,49 @@ def table_rows(path, patterns):
     if not files:
         raise Unusable(f"{path}: has no {' or '.join(patterns)}; legal: the folder of the download, or one of its files" if path.is_dir()
                        else f"{path}: no such file or folder; mend the path, or download it first")
-    formats = {".jsonl": json_lines, ".json": json_list, ".parquet": parquet_rows}
     for file in files:
-        if file.suffix not in formats:
-            raise Unusable(f"{file}: is {file.suffix or 'without a suffix'}; legal: {', '.join(formats)}")
-        yield from formats[file.suffix](file)
+        if file.suffix == ".jsonl":
+            yield from ((where, row) for _, where, row in located_lines(file))
+        elif file.suffix == ".parquet":
+            yield from parquet_rows(file)
+        elif file.suffix == ".json":
+            table = loads(file.read_bytes(), file, legal="one list of objects")
+            if not isinstance(table, list):
+                raise Unusable(f"{file} is {type(table).__name__}; legal: one list of objects")
+            yield from ((f"{file}, item {number}", row) for number, row in enumerate(table, 1))
+        else:
+            raise Unusable(f"{file}: is {file.suffix or 'without a suffix'}; legal: .jsonl, .json, .parquet")
 
 
 def found_in(name, path):
-    """(where, found) of each row of a source, checked."""
+    """(where, pair, drop) of each row of a source: its pictures as they were found; drop: a reason, or None."""
     read, patterns, fields = SOURCES[name]
     folder = path if os.path.isdir(path) else os.path.dirname(path)
+    mended = lambda text: "" if text is None else text.encode(errors="replace").decode()  # half surrogates cannot be sent
     for number, (where, row) in enumerate(table_rows(path, patterns)):
         lacks = [f for f in fields.split() if not isinstance(row, dict) or f not in row]
         if lacks:
             raise Unusable(f"{where} has no {', '.join(lacks)}; legal for {name}: an object with {', '.join(fields.split())}")
         try:
             found = read(row, number, folder)
-            found = {"drop": found} if isinstance(found, str) else found
-            texts = {k: "" if found[k] is None else found[k].encode(errors="replace").decode()  # half surrogates cannot be sent
-                     for k in ("question", "chosen", "rejected") if "drop" not in found}
+            pair, drop = dict.fromkeys(PAIR) | {"source": name, "images": [], "choice": 1} | found, found.get("drop")
+            if not drop:
+                answers = [mended(text) for text in found["responses"]]
+                pair |= {"id": mended(str(found["id"])), "question": mended(found["question"]), "responses": answers}
+                better, worse = (text.strip() for text in answers)
+                drop = ("empty answer" if not (better and worse) else "same answers" if better == worse
+                        else "missing frames" if pair["video"] == [] else None)
         except (LookupError, TypeError, AttributeError, ValueError) as problem:
             raise Unusable(f"{where} is not as rows of {name} are ({problem!r}); see {read.__name__}() in annotate.py") from None
-        if "drop" not in found and not (texts["chosen"].strip() and texts["rejected"].strip()):
-            found["drop"] = "empty answer"
-        elif "drop" not in found and texts["chosen"].strip() == texts["rejected"].strip():
-            found["drop"] = "same answers"
-        yield where, {"source": name} | found | texts
+        yield where, pair, drop
 
 
-@functools.lru_cache(4096)  # pairs of one prompt lie together
-def pixels(path):
-    return fingerprint(Path(path).read_bytes())[0]
-
-
-def fingerprint(data):
-    """(hash of the pixels, format) of a picture's bytes. Decodes all of it: a file that was cut off shows only then."""
+@lru_cache(256)  # pairs of one prompt lie together
+def fingerprint(picture):
+    """(hash of the pixels, format) of a path or bytes. Decodes all of it: a file that was cut off shows only then."""
     from PIL import Image
 
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
         form, seen = image.format, image.convert("RGB")
         return hashlib.sha256(repr(seen.size).encode() + seen.tobytes()).hexdigest()[:32], form
 
@@ -421,53 +405,56 @@ def keep(value, folder):
     if value is None or isinstance(value, str) and not os.path.isfile(value):
         return "missing image"
     try:
-        if isinstance(value, str):
-            return value, pixels(value)
-        shape, form = fingerprint(value)
+        pixels, form = fingerprint(value)
     except Exception:  # what a damaged file raises is up to the decoder: OSError, SyntaxError, ValueError, struct.error, ...
         return "unreadable image"
+    if isinstance(value, str):
+        return value, pixels
     name = hashlib.sha256(value).hexdigest()[:32]
     path = Path(folder, name[:2], f"{name}.{form.lower()}")
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{name}.{random.getrandbits(64):x}.part")  # two rows with one picture may come at once
-        part.write_bytes(value)
-        os.replace(part, path)
-    return str(path), shape
+        with whole(path, f".{random.getrandbits(64):x}.part") as file:  # two rows with one picture may come at once
+            file.write(value)
+    return str(path), pixels
 
 
 def collect(name, path, out, spool):
-    """Reads a source into a file of {"pair", "pixels"} or {"drop", "source", "where"}, a line a row. Whole or not at all."""
+    """Reads a source into a file of {source, where} and {pair, pixels} or {drop}, a line a row. Whole or not at all."""
     from tqdm import tqdm
 
-    part, became = spool.with_name(spool.name + ".part"), Counter()
-    with ThreadPoolExecutor(min(16, os.cpu_count())) as pool, part.open("w") as file:
-        todo = iter(tqdm(found_in(name, path), desc=f"reading {name}", unit=" rows", mininterval=1))
-        while batch := list(itertools.islice(todo, 32)):
-            every = {p for _, found in batch if "drop" not in found for p in found.get("video") or found.get("images", ())}
+    became = Counter()
+    with ThreadPoolExecutor(min(16, os.cpu_count())) as pool, whole(spool) as file:
+        rows = iter(tqdm(found_in(name, path), desc=f"reading {name}", unit=" rows", mininterval=1))
+        while batch := list(islice(rows, 32)):
+            every = {p for _, pair, drop in batch if not drop for p in pair["video"] or pair["images"]}
             kept = dict(zip(every, pool.map(lambda p: keep(p, out / "images"), every)))
-            for where, found in batch:
-                row = spooled(where, found, kept)
-                became[row.get("drop", "pairs")] += 1
-                file.write(json.dumps(row) + "\n")
-    if not became["pairs"]:
-        raise Unusable(f"--data {name}={path}: not one pair came of it ({dict(became) or 'no rows'}; each is listed in {part}). "
-                       "Are the pictures where the rows say?")
-    os.replace(part, spool)
+            for where, pair, drop in batch:
+                pictures = [] if drop else [kept[p] for p in pair["video"] or pair["images"]]
+                drop = drop or next((p for p in pictures if isinstance(p, str)), None)
+                became[drop or "pairs"] += 1
+                row = {"source": pair["source"], "where": where} | ({"drop": drop} if drop else {
+                    "pair": pair | {"video" if pair["video"] else "images": [os.path.abspath(path) for path, _ in pictures]},
+                    "pixels": [pixels for _, pixels in pictures]})
+                file.write(json.dumps(row).encode() + b"\n")
+        if not became["pairs"]:
+            raise Unusable(f"--data {name}={path}: not one pair came of it ({dict(became) or 'no rows'}; each is listed in {file.name}). "
+                           "Are the pictures where the rows say?")
 
 
-def spooled(where, found, kept):
-    """A line of the spool. The better answer comes first until mix() gives it its place."""
-    pictures = [] if "drop" in found else [kept[p] for p in found.get("video") or found.get("images", ())]
-    bad = [p for p in pictures if isinstance(p, str)] or ["missing frames"] * (found.get("video") == [])
-    if "drop" in found or bad:
-        return {"drop": found.get("drop", bad and bad[0]), "source": found["source"], "where": where}
-    files = [os.path.abspath(path) for path, _ in pictures]
-    video = "video" in found
-    return {"pair": {"id": str(found["id"]), "source": found["source"], "question": found["question"],
-                     "images": [] if video else files, "video": files if video else None,
-                     "responses": [found["chosen"], found["rejected"]], "choice": 1, "attempts": None, "annotation": None},
-            "pixels": [shape for _, shape in pictures]}
+def from_hub(address, folder):
+    """hub:owner/name@revision -> a folder with its files, archives unpacked. Has not yet been run against the hub."""
+    from huggingface_hub import snapshot_download
+
+    repo, _, revision = address.removeprefix("hub:").partition("@")
+    if not revision:
+        raise Unusable(f"{address}: legal: hub:owner/name@revision. Sets on the hub change: without a revision nothing can be repeated")
+    try:
+        snapshot_download(repo, repo_type="dataset", revision=revision, local_dir=folder)
+    except Exception as problem:  # offline, no such set, no permission: the hub's client has its own words for each
+        raise Unusable(f"{address}: not fetched ({problem}). Download it by other means and give its folder") from None
+    for archive in folder.rglob("*.zip"):
+        shutil.unpack_archive(archive, archive.parent)
+    return str(folder)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -481,17 +468,18 @@ def same_run(path, made, asked):
                        "Give the same flags to go on with it, or another --out to begin anew")
 
 
-def text_key(question, answers):
-    """Question and answers in either order, whatever the case and spaces."""
+def marks(id, question, answers, pixels):
+    """What a pair is known by: id; question and answers in either order, whatever the case and spaces; pictures."""
     plain = lambda text: " ".join(text.replace("<image>", " ").casefold().split())
-    return hashlib.sha256(json.dumps([plain(question), *sorted(map(plain, answers))]).encode()).digest()[:16]
+    text = json.dumps([plain(question), *sorted(map(plain, answers))])
+    return {"id": {id}, "text": {hashlib.sha256(text.encode()).hexdigest()[:32]}, "picture": set(pixels)}
 
 
-def benchmark_keys(files):
-    """{"id", "text", "picture"}: what the rows of benchmark files can be known by, in the formats of the three and of pairs."""
+def benchmark_marks(files):
+    """The marks of all rows of benchmark files, in the formats of the three and of pairs."""
     known = {"id": set(), "text": set(), "picture": set()}
     for file in files:
-        folder, absent = os.path.dirname(file), 0
+        absent = 0
         for where, row in table_rows(file, []):
             get = lambda *names: next((row[n] for n in names if row.get(n) is not None), None)
             question = get("query", "prompt", "Text", "question")
@@ -499,38 +487,14 @@ def benchmark_keys(files):
             if question is None or None in answers:
                 raise Unusable(f"{where} has no question with two answers; legal for --decontaminate: the files of VL-RewardBench, "
                                "Multimodal RewardBench and MM-RLHF-RewardBench, or pairs")
-            known["id"].add(str(get("id", "ID")))
-            known["text"].add(text_key(question, answers))
-            found = own(row | {"prompt": question, "chosen": "", "rejected": "", "image": get("image", "Image")}, 0, folder)
-            for value in found.get("video") or found.get("images", ()):
-                absent += value is None
-                known["picture"] |= set() if value is None else {pixels(value) if isinstance(value, str) else fingerprint(value)[0]}
+            found = own({"prompt": "", "chosen": "", "rejected": ""} | row | {"image": get("image", "Image")}, 0, os.path.dirname(file))
+            pictures = found.get("video") or found.get("images", ())
+            absent += sum(p is None for p in pictures)
+            pixels = [fingerprint(p)[0] for p in pictures if p is not None]
+            for kind, mark in marks(str(get("id", "ID")), question, answers, pixels).items():
+                known[kind] |= mark
         print(f"{file}: {absent} of its pictures are not there, so they match nothing" if absent else f"{file}: read")
     return known
-
-
-def candidates(spools, known, counts, dropped):
-    """(id, source, spool, offset) of every pair that may be taken; the others are counted, and listed in `dropped`."""
-    seen, ids = set(), set()
-    for spool in spools:
-        for offset, _, row in located_lines(spool):
-            pair, reason = row.get("pair", row), row.get("drop")
-            if not reason:
-                text = text_key(pair["question"], pair["responses"])
-                matched = [kind for kind, hit in (("id", pair["id"] in known["id"]), ("text", text in known["text"]),
-                                                  ("picture", not known["picture"].isdisjoint(row["pixels"]))) if hit]
-                key = hashlib.sha256(text + "".join(row["pixels"]).encode()).digest()[:16]
-                reason = "in a benchmark, by " + ", ".join(matched) if matched else "seen before" if key in seen else None
-                seen.add(key)
-            counts[pair["source"]][reason or "pairs"] += 1
-            if reason:
-                where = row.get("where") or f"id {pair['id']}"
-                dropped.write(json.dumps({"source": pair["source"], "where": where, "reason": reason}) + "\n")
-                continue
-            again = (f"{pair['id']}#{n}" for n in itertools.count(2))
-            name = pair["id"] if pair["id"] not in ids else next(n for n in again if n not in ids)
-            ids.add(name)
-            yield name, pair["source"], spool, offset
 
 
 def mix(args, out):
@@ -541,62 +505,43 @@ def mix(args, out):
         made = json.loads(about.read_text())
         same_run(about, made["made with"], asked)
         return made["counts"]
-    (out / "read").mkdir(exist_ok=True)
-    spools = []
-    for name, path in sorted(args.data, key=lambda d: d[0] != "MM-RLHF"):  # of two equal pairs the first one stays
-        spools.append(out / "read" / f"{name}-{hashlib.sha256(path.encode()).hexdigest()[:8]}.jsonl")
-        if not spools[-1].exists():
-            collect(name, from_hub(path, out / "hub" / name) if path.startswith("hub:") else path, out, spools[-1])
-    counts = defaultdict(Counter)
+    known, seen, counts = benchmark_marks(args.decontaminate), set(), defaultdict(Counter)
+    usable = {}  # {id: pair}; in memory, some 4 KB each
     with open(out / "dropped.jsonl", "w") as dropped:
-        pool = list(candidates(spools, benchmark_keys(args.decontaminate), counts, dropped))
-    rank = lambda what: lambda entry: hashlib.sha256(f"{args.seed} {what} {entry[0]}".encode()).digest()
-    human, others = ([e for e in pool if e[1].startswith("MM-RLHF") == yes] for yes in (True, False))
+        for name, path in sorted(args.data, key=lambda d: d[0] != "MM-RLHF"):  # of two equal pairs the first one stays
+            spool = out / "read" / f"{name}-{hashlib.sha256(path.encode()).hexdigest()[:8]}.jsonl"
+            if not spool.exists():
+                collect(name, from_hub(path, out / "hub" / name) if path.startswith("hub:") else path, out, spool)
+            for _, _, row in located_lines(spool):
+                pair, drop = row.get("pair"), row.get("drop")
+                if pair:
+                    mine = marks(pair["id"], pair["question"], pair["responses"], row["pixels"])
+                    key = (*mine["text"], *row["pixels"])
+                    matched = [kind for kind in mine if mine[kind] & known[kind]]
+                    drop = "in a benchmark, by " + ", ".join(matched) if matched else "seen before" if key in seen else None
+                    seen.add(key)
+                counts[row["source"]][drop or "pairs"] += 1
+                if drop:
+                    dropped.write(json.dumps({"source": row["source"], "where": row["where"], "reason": drop}) + "\n")
+                else:
+                    names = chain([pair["id"]], (f"{pair['id']}#{n}" for n in count(2)))
+                    free = next(name for name in names if name not in usable)
+                    usable[free] = pair | {"id": free}
+    rank = lambda what: lambda name: hashlib.sha256(f"{args.seed} {what} {name}".encode()).digest()
+    human, others = ([n for n in usable if usable[n]["source"].startswith("MM-RLHF") == yes] for yes in (True, False))
     taken = sorted(human + sorted(others, key=rank("sample"))[:args.others], key=rank("shuffle"))[:args.limit]
-    swapped = {e[0] for e in sorted(taken, key=rank("place"))[:len(taken) // 2]}
-    for _, source, *_ in taken:
-        counts[source]["taken"] += 1
-
-    def pairs():
-        files = {spool: spool.open("rb") for spool in spools}
-        for name, _, spool, offset in taken:
-            files[spool].seek(offset)
-            pair = json.loads(files[spool].readline())["pair"] | {"id": name}
-            pair = swap(pair) if name in swapped else pair
-            yield pair
-            if args.both_orders:
-                yield swap(pair) | {"id": name + SWAPPED}
-
-    write_pairs(out / "mix.jsonl", pairs())
-    whole(about, json.dumps({"made with": asked, "counts": counts}))
+    for name in sorted(taken, key=rank("place"))[:len(taken) // 2]:
+        usable[name] = swap(usable[name])
+    pairs = [usable[name] for name in taken]
+    for pair in pairs:
+        counts[pair["source"]]["taken"] += 1
+    if args.both_orders:
+        pairs = chain.from_iterable((pair, swap(pair) | {"id": pair["id"] + SWAPPED}) for pair in pairs)
+    write_pairs(out / "mix.jsonl", pairs)
+    with whole(about) as file:
+        file.write(json.dumps({"made with": asked, "counts": counts}).encode())
     shutil.rmtree(out / "read")
     return counts
-
-
-def whole(path, text):
-    """A file that appears whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
-
-
-def from_hub(address, folder):
-    """hub:owner/name@revision -> a folder with its files, archives unpacked. Has not yet been run against the hub."""
-    import zipfile
-
-    from huggingface_hub import snapshot_download
-
-    repo, _, revision = address.removeprefix("hub:").partition("@")
-    if not revision:
-        raise Unusable(f"{address}: legal: hub:owner/name@revision. Sets on the hub change: without a revision nothing can be repeated")
-    try:
-        snapshot_download(repo, repo_type="dataset", revision=revision, local_dir=folder)
-    except Exception as problem:  # offline, no such set, no permission: the hub's client has its own words for each
-        raise Unusable(f"{address}: not fetched ({problem}). Download it by other means and give its folder") from None
-    for archive in folder.rglob("*.zip"):
-        with zipfile.ZipFile(archive) as packed:
-            packed.extractall(archive.parent)
-    return str(folder)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -609,55 +554,34 @@ class Journal:
     loses nothing that was appended. There is no fsync: if the power goes, the last seconds may be paid for again.
     """
 
-    def __init__(self, path, config):
-        self.path, self.replies, self.tokens = path, defaultdict(list), [0, 0]  # replies: {id: [(choice, offset in the file)]}
-        self.file = path.open("a+b")
-        with contextlib.ExitStack() as failed:
-            failed.callback(self.file.close)
-            try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
-            except BlockingIOError:
-                raise Unusable(f"{path}: another annotate.py is writing to it; wait for it, or choose another --out") from None
-            self.read(config)
-            failed.pop_all()
-
-    def read(self, config):
-        self.mend()
-        lines = located_lines(self.path)
-        _, _, made = next(lines, (0, "", None))
-        if made is None:
-            self.write(config)
-        else:
-            same_run(self.path, made, config)
+    def __init__(self, file, config):
+        self.file, self.replies, self.tokens = file, defaultdict(list), [0, 0]  # replies: {id: [(choice, offset in the file)]}
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+        except BlockingIOError:
+            raise Unusable(f"{file.name}: another annotate.py is writing to it; wait for it, or choose another --out") from None
+        size = end = file.seek(0, os.SEEK_END)
+        while end and (file.seek(end - 1), file.read(1))[1] != b"\n":
+            end -= 1
+        if end < size:
+            file.truncate(end)
+            print(f"{file.name}: the last line was half written; its {size - end} bytes are cut off")
+        if not end:
+            file.write(json.dumps(config).encode() + b"\n")
+            file.flush()
+        lines = located_lines(file.name)
+        same_run(file.name, next(lines)[2], config)
         for offset, where, row in lines:
             try:
                 self.learn(row, offset)
             except (LookupError, TypeError, AttributeError):
                 raise Unusable(f"{where}: {json.dumps(row)[:200]} is no reply; legal: id, attempt, text, finish, tokens") from None
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.file.close()
-
-    def mend(self):
-        """Cuts off a last line that a killed process has half written."""
-        size = end = self.file.seek(0, os.SEEK_END)
-        while end and (self.file.seek(end - 1), self.file.read(1))[1] != b"\n":
-            end -= 1
-        self.file.truncate(end)
-        if end < size:
-            print(f"{self.path}: the last line was half written; its {size - end} bytes are cut off")
-
-    def write(self, row):
+    def append(self, row):
         offset = self.file.seek(0, os.SEEK_END)
         self.file.write(json.dumps(row).encode() + b"\n")
         self.file.flush()
-        return offset
-
-    def append(self, row):
-        self.learn(row, self.write(row))
+        self.learn(row, offset)
 
     def learn(self, row, offset):
         self.replies[row["id"]].append((parse(row["text"]).choice, offset))
@@ -689,8 +613,8 @@ class Endpoint:
         self.client = openai.AsyncOpenAI(base_url=base_url, api_key=key, timeout=timeout, max_retries=0)
 
     async def ask(self, model, messages, **fields):
-        """-> {text, finish, tokens: [in, out]}; a refusal is a text like any other."""
-        for attempt in itertools.count():
+        """-> completion()'s {text, finish, tokens: [in, out]}; a refusal is a text like any other."""
+        for attempt in count():
             headers = {}
             try:
                 raw = await self.client.chat.completions.with_raw_response.create(model=model, messages=messages, extra_body=fields)
@@ -714,13 +638,21 @@ class Endpoint:
 
 
 def completion(body):
-    """The bytes of a chat completion -> {text, finish, tokens}; None if they are none: a page of HTML, no choices, half of it."""
+    """
+    The bytes of a chat completion -> {text, finish, tokens}, and if log-probabilities came, said and likeliest: each token of the
+    text, and {what could stand there: its log-probability}. None if they are none: a page of HTML, no choices, half of it.
+    """
     try:
         reply = json.loads(body)
         choice, usage = reply["choices"][0], reply.get("usage") or {}
         text = choice["message"].get("content") or choice["message"].get("refusal") or ""
         tokens = [int(usage.get(f"{kind}_tokens") or 0) for kind in ("prompt", "completion")]
-        return {"text": text, "finish": choice.get("finish_reason"), "tokens": tokens} if isinstance(text, str) else None
+        found = {"text": text, "finish": choice.get("finish_reason"), "tokens": tokens}
+        if choice.get("logprobs"):
+            content = choice["logprobs"].get("content") or []
+            found["said"] = [at["token"] for at in content]
+            found["likeliest"] = [{o["token"]: float(o["logprob"]) for o in at["top_logprobs"]} for at in content]
+        return found if isinstance(text, str) else None
     except (ValueError, LookupError, TypeError, AttributeError):
         return None
 
@@ -739,7 +671,7 @@ def wanted_pause(headers):
     return 0.0
 
 
-def data_url(path, max_pixels):
+def data_url(path, max_pixels, quality=95):
     """A picture as it is sent: its file as it is, or, if it is too large or of a rare kind, scaled down and as JPEG."""
     from PIL import Image, ImageOps
 
@@ -751,7 +683,7 @@ def data_url(path, max_pixels):
             else:
                 scale, out = min(1, (max_pixels / (width * height)) ** 0.5), io.BytesIO()
                 image = ImageOps.exif_transpose(image).convert("RGB")
-                image.resize([max(1, int(n * scale)) for n in image.size], Image.Resampling.BICUBIC).save(out, "JPEG", quality=95)
+                image.resize([max(1, int(n * scale)) for n in image.size], Image.Resampling.BICUBIC).save(out, "JPEG", quality=quality)
                 data, kind = out.getvalue(), "image/jpeg"
     except Exception as problem:  # see keep()
         raise Unusable(f"{path}: is no picture any more ({problem!r}); it was one when the sources were read. Bring it back, "
@@ -764,9 +696,9 @@ def as_sent(turns, max_pixels, max_frames):
     def parts(part):
         if part["type"] == "text":
             return [part]
-        files = [part["image"]] if part["type"] == "image" else part["video"]
-        n = min(len(files), max_frames)
-        files = [files[i * (len(files) - 1) // max(1, n - 1)] for i in range(n)] if part["type"] == "video" else files
+        files, most = (part["video"], max_frames) if part["type"] == "video" else ([part["image"]], 1)
+        n = min(len(files), most)
+        files = [files[i * (len(files) - 1) // max(1, n - 1)] for i in range(n)]
         return [{"type": "image_url", "image_url": {"url": data_url(path, max_pixels)}} for path in files]
 
     return [turn | {"content": [p for part in turn["content"] for p in parts(part)]} for turn in turns]
@@ -775,26 +707,26 @@ def as_sent(turns, max_pixels, max_frames):
 def due(pair, replies, mode):
     """The messages of the pair's next attempt, or None if there is none."""
     if mode == "critique":
-        n = len(replies)
-        return None if n == 2 else turn(pair, CRITIQUE_PROMPT.format(question=pair["question"], answer=pair["responses"][n]))
+        left = pair["responses"][len(replies):]
+        return turn(pair, CRITIQUE_PROMPT.format(question=pair["question"], answer=left[0])) if left else None
     solved = replies and replies[-1][0] == pair["choice"]
     return None if solved or len(replies) == ATTEMPTS else messages(pair)
 
 
 async def annotate(pairs, journal, endpoint, args, bar):
     """Asks for all that is due, --concurrency pairs at a time. -> how many pairs got no answer."""
-    fields = {"temperature": args.temperature, "max_tokens": args.max_tokens}
-    aside, silent, judged, solved = Counter(), 0, 0, 0
+    aside, silent, done, solved = Counter(), 0, 0, 0
 
     async def work():
-        nonlocal silent, judged, solved
+        nonlocal silent, done, solved
         for pair in pairs:  # one generator for all workers
             replies = journal.replies[pair["id"]]
             while (asked := due(pair, replies, args.mode)) is not None:
                 sent = await asyncio.to_thread(as_sent, asked, args.max_pixels, args.max_frames)
-                wanted = {k: v for k, v in (fields | {"seed": len(replies)} | args.request).items() if v is not None}  # deviation 1
+                # deviation 1: each attempt has a seed of its own
+                fields = {"temperature": args.temperature, "max_tokens": args.max_tokens, "seed": len(replies)} | args.request
                 try:
-                    reply = await endpoint.ask(args.model, sent, **wanted)
+                    reply = await endpoint.ask(args.model, sent, **{k: v for k, v in fields.items() if v is not None})
                 except Unanswered as problem:
                     why, refused = problem.args
                     aside[why] += 1
@@ -808,9 +740,9 @@ async def annotate(pairs, journal, endpoint, args, bar):
                 silent = 0
                 journal.append({"id": pair["id"], "attempt": len(replies) + 1} | reply)
             else:
-                judged, solved = judged + 1, solved + (replies[-1][0] == pair["choice"])
+                done, solved = done + 1, solved + (replies[-1][0] == pair["choice"])
                 bar.update()
-                share = {"solved": f"{solved / judged:.1%}"} if args.mode == "judge" else {}
+                share = {"solved": f"{solved / done:.1%}"} if args.mode == "judge" else {}
                 bar.set_postfix(**share, retried=endpoint.retried.total(), refresh=False)
 
     async with endpoint.client:
@@ -818,36 +750,32 @@ async def annotate(pairs, journal, endpoint, args, bar):
     return aside.total()
 
 
-# ---------------------------------------------------------------------------------------------------
-# 4. Write
-
-
-def judged(path, journal, both_orders=False):
+def annotated(path, journal, args):
     """The pairs of the mix with what the journal has on them."""
-    said = lambda name: [choice for choice, _ in journal.replies.get(name, ())]
     for pair in each_pair(path):
-        mine, name = journal.replies.get(pair["id"], ()), pair["id"]
+        name, mine = pair["id"], journal.replies[pair["id"]]
+        if args.mode == "critique":
+            yield pair | {"critiques": [journal.text(offset) for _, offset in mine]}
+            continue
         if mine and mine[-1][0] == pair["choice"]:
             pair |= {"attempts": len(mine), "annotation": journal.text(mine[-1][1])}
         elif len(mine) == ATTEMPTS:
             pair["attempts"] = ATTEMPTS + 1
-        if both_orders:  # deviation 7
+        if args.both_orders:  # deviation 7
             other = name.removesuffix(SWAPPED) if name.endswith(SWAPPED) else name + SWAPPED
-            pair["contradicted"] = said(name) == [3 - pair["choice"]] * ATTEMPTS and said(other) == [pair["choice"]] * ATTEMPTS
+            said = [[choice for choice, _ in journal.replies[n]] for n in (name, other)]
+            pair["contradicted"] = said == [[3 - pair["choice"]] * ATTEMPTS, [pair["choice"]] * ATTEMPTS]
         yield pair
 
 
-def criticised(path, journal):
-    for pair in each_pair(path):
-        mine = journal.replies.get(pair["id"], ())
-        if len(mine) == 2:
-            yield pair | {"critiques": [journal.text(offset) for _, offset in mine]}
+# ---------------------------------------------------------------------------------------------------
+# 4. Report
 
 
 def table(head, body):
     """Markdown; numbers with thousands, to the right."""
     text = lambda v: f"{v:,}" if isinstance(v, int) else str(v)
-    lines = [head, ["---:" if i and isinstance(body[0][i], int) else "---" for i in range(len(head))], *body]
+    lines = [head, ["---:" if isinstance(v, int) else "---" for v in body[0]], *body]
     return "\n".join("| " + " | ".join(map(text, line)) + " |" for line in lines) + "\n\n"
 
 
@@ -862,33 +790,32 @@ def report(out, counts, journal, pairs, args):
             lengths[pair["attempts"]].append(len(pair["annotation"]))
             odd["solved, but not in the form of Table 1"] += not parse(pair["annotation"]).well_formed
         odd["contradicted in both orders"] += pair.get("contradicted", False)
-    columns = [1, 2, 3, 4, None]
-    line = lambda name, of: [name, *(sum(counts[s].get(k, 0) for s in of) for k in ("pairs", "taken")),
-                             *(sum(tries[s][k] for s in of) for k in columns)]
-    calls, (tokens_in, tokens_out) = sum(map(len, journal.replies.values())), journal.tokens
+    body = [[s, *(counts[s].get(k, 0) for k in ("pairs", "taken")), *(tries[s][k] for k in (1, 2, 3, 4, None))] for s in sorted(counts)]
+    body.append(["all", *(sum(column) for column in list(zip(*body))[1:])])
+    tokens_in, tokens_out = journal.tokens
     dollars = (tokens_in * args.price[0] + tokens_out * args.price[1]) / 1e6
     reasons = [[s, reason, n] for s in sorted(counts) for reason, n in sorted(counts[s].items()) if reason not in ("pairs", "taken")]
     spread = lambda v: [len(v), int(statistics.median(v)), sorted(v)[int(0.95 * (len(v) - 1))]]
     text = f"# {sum(verdicts['pairs'].values()):,} pairs judged by {args.model} at temperature {args.temperature:g}\n\n"
-    text += table(["source", "usable pairs", "taken", "1 attempt", "2", "3", "failed", "no answer"],
-                  [*(line(s, [s]) for s in sorted(counts)), line("all", list(counts))])
+    text += table(["source", "usable pairs", "taken", "1 attempt", "2", "3", "failed", "no answer"], body)
     text += table(["file", "answer 1 is better", "answer 2 is better"], [[f"{n}.jsonl", verdicts[n][1], verdicts[n][2]] for n in SETS])
     text += table(["solved at attempt", "reasonings", "characters, median", "95th percentile"],
                   [[str(k), *spread(lengths[k])] for k in sorted(lengths)]) if lengths else ""
     text += "".join(f"{n:,} {what}. " for what, n in odd.items()) + "\n\n"
-    text += f"{calls:,} replies, {tokens_in:,} tokens in, {tokens_out:,} out: ${dollars:,.2f} at ${args.price[0]:g} and "
-    text += f"${args.price[1]:g} a million.\n\n" + (table(["source", "dropped because", "rows"], reasons) if reasons else "")
-    whole(out / "report.md", text)
+    text += f"{sum(map(len, journal.replies.values())):,} replies, {tokens_in:,} tokens in, {tokens_out:,} out: ${dollars:,.2f} "
+    text += f"at ${args.price[0]:g} and ${args.price[1]:g} a million.\n\n"
+    text += table(["source", "dropped because", "rows"], reasons) if reasons else ""
+    with whole(out / "report.md") as file:
+        file.write(text.encode())
     draw(out / "report.png", tries, lengths)
     print(text)
 
 
 def draw(path, tries, lengths):
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     names, done = sorted(name for name in tries if tries[name]), Counter()
     for k, colour in zip((1, 2, 3, 4), ("#4c9f70", "#e3b23c", "#e07b39", "#b23a48")):
         shares = [tries[s][k] / tries[s].total() for s in names]
@@ -900,7 +827,6 @@ def draw(path, tries, lengths):
     right.set(xlabel="characters", yticks=[], title="length of the reasoning, by attempts")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=120, metadata={"Software": None})
-    pyplot.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -915,14 +841,11 @@ def source(text):
     return [name, path]
 
 
-def fields(text):
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object; legal, for example: '{{\"top_p\": 0.9, \"seed\": null}}'")
-    return value
+def json_object(text):
+    with contextlib.suppress(ValueError):
+        if isinstance(value := json.loads(text), dict):
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is no JSON object; legal, for example: '{{\"top_p\": 0.9, \"seed\": null}}'")
 
 
 def at_least(least, kind=int):
@@ -938,7 +861,7 @@ def parser():
     g = p.add_argument_group("data")
     g.add_argument("--data", type=source, nargs="+", action="extend", required=True, metavar="NAME=PATH",
                    help=f"sources: {', '.join(SOURCES)}; PATH: the download's folder, one of its files, or hub:owner/name@revision")
-    g.add_argument("--others", type=at_least(0), default=100_000, help="pairs drawn from all but MM-RLHF, which is taken whole (section 3.2)")
+    g.add_argument("--others", type=at_least(0), default=100_000, help="pairs drawn of all but MM-RLHF, which is taken whole (section 3.2)")
     g.add_argument("--limit", type=at_least(1), help="only so many pairs, of the whole mix at random; default: all")
     g.add_argument("--seed", type=int, default=0, help="of the sample, the order, and which answer is shown first")
     g.add_argument("--both_orders", action="store_true", help="each pair also with its answers swapped; marks contradicted pairs (ours)")
@@ -946,21 +869,19 @@ def parser():
                    help="benchmark files; training pairs with their ids, texts or pictures are dropped (ours)")
     g.add_argument("--out", default="out/annotate", help="folder for everything that is written")
     g = p.add_argument_group("annotator")
-    g.add_argument("--mode", choices=("judge", "critique"), default="judge",
-                   help="critique: writes critic.jsonl from the same mix (deviation 8)")
+    g.add_argument("--mode", choices=("judge", "critique"), default="judge", help="critique: critic.jsonl from the same mix (deviation 8)")
     g.add_argument("--base_url", default="https://api.openai.com/v1", help="any OpenAI-compatible endpoint; key in OPENAI_API_KEY")
     g.add_argument("--model", default="gpt-4o", help="as the endpoint calls it")
     g.add_argument("--temperature", type=at_least(0, float), default=0.0, help="0 in the paper (deviation 1)")
     g.add_argument("--max_tokens", type=at_least(1), default=2048, help="of a reply (ours)")
     g.add_argument("--max_pixels", type=at_least(1), default=1_003_520, help="larger pictures are sent scaled down (ours)")
     g.add_argument("--max_frames", type=at_least(1), default=8, help="of a video, evenly spaced (ours)")
-    g.add_argument("--request", type=fields, default={}, metavar="JSON",
+    g.add_argument("--request", type=json_object, default={}, metavar="JSON",
                    help='fields to add to each request; null takes one out: {"max_tokens": null, "max_completion_tokens": 2048}')
     g = p.add_argument_group("sending; may change when a stopped run goes on")
     g.add_argument("--concurrency", type=at_least(1), default=32, help="requests at a time")
     g.add_argument("--timeout", type=at_least(0.1, float), default=180.0, help="seconds without a sign of the endpoint")
-    g.add_argument("--retries", type=at_least(0), default=12,
-                   help="of one request, up to a minute apart; then its pair waits for the next run")
+    g.add_argument("--retries", type=at_least(0), default=12, help="of a request, up to a minute apart; then its pair is for the next run")
     g.add_argument("--price", type=at_least(0, float), nargs=2, default=[2.5, 10.0], metavar=("IN", "OUT"),
                    help="dollars a million tokens, for the report; the default was gpt-4o's")
     return p
@@ -971,24 +892,21 @@ def run(args):
 
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    # 1. and 2. collect the sources, mix
-    counts = mix(args, out)
-    # 3. annotate
+    counts, mixed = mix(args, out), out / "mix.jsonl"
     asked = ("mode", "model", "temperature", "max_tokens", "max_pixels", "max_frames", "request")
     prompt = JUDGING_PROMPT if args.mode == "judge" else CRITIQUE_PROMPT
-    with open(out / "mix.jsonl", "rb") as file:
-        config = {k: vars(args)[k] for k in asked} | {"prompt": hashlib.sha256(prompt.encode()).hexdigest()[:12],
-                                                      "pairs": hashlib.file_digest(file, "sha256").hexdigest()[:12]}
+    digest = lambda data: hashlib.sha256(data).hexdigest()[:12]
+    config = {k: vars(args)[k] for k in asked} | {"prompt": digest(prompt.encode()), "pairs": digest(mixed.read_bytes())}
     endpoint = Endpoint(args.base_url, args.timeout, args.retries)
     total = sum(n.get("taken", 0) for n in counts.values()) * (2 if args.both_orders else 1)
-    with Journal(out / ("journal.jsonl" if args.mode == "judge" else "journal-critique.jsonl"), config) as journal:
+    with open(out / ("journal.jsonl" if args.mode == "judge" else "journal-critique.jsonl"), "a+b") as file:
+        journal = Journal(file, config)
         with tqdm(total=total, desc=args.mode, unit=" pairs", smoothing=0.05, mininterval=1) as bar:
-            left = asyncio.run(annotate(each_pair(out / "mix.jsonl"), journal, endpoint, args, bar))
-        # 4. write
+            left = asyncio.run(annotate(each_pair(mixed), journal, endpoint, args, bar))
+        pairs = lambda: annotated(mixed, journal, args)
         if args.mode == "critique":
-            write_pairs(out / "critic.jsonl", criticised(out / "mix.jsonl", journal))
+            write_pairs(out / "critic.jsonl", (pair for pair in pairs() if len(pair["critiques"]) == 2))
         else:
-            pairs = lambda: judged(out / "mix.jsonl", journal, args.both_orders)
             for name, attempts in SETS.items():
                 write_pairs(out / f"{name}.jsonl", (pair for pair in pairs() if pair["attempts"] in attempts))
             report(out, counts, journal, pairs(), args)

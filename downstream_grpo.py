@@ -53,7 +53,7 @@ from pathlib import Path
 import torch
 
 from annotate import Unanswered, Unusable, as_sent, keep, locate, messages, table_rows, turn
-from judge import Judge, coin
+from judge import ConsistencyJudge, coin
 from rl import (FREE, advantages_of, assert_same, curves, keep_rows, loop_flags, loss_function, mismatch, old_logps, prepare,
                 rewards_or_stop, rollout, seed_of, shown_pairs, train_step, validate)
 from sft import Log, encode, header, load_checkpoint, read_media, reduced, save_checkpoint, save_policy, setup
@@ -194,7 +194,7 @@ PREFIX = "<think></think><answer>"  # --verdict token: what comes next is the ve
 
 
 class RewardModel:
-    """What judge.Judge asks in place of an endpoint: a duel in, the probability of its first answer out, as a text."""
+    """What judge.ConsistencyJudge asks in place of an endpoint: a duel in, the probability of its first answer out, as a text."""
 
     def __init__(self, endpoint, args):
         self.endpoint, self.args = endpoint, args
@@ -205,31 +205,24 @@ class RewardModel:
         duel, = (t["content"] for t in turns)
         pair = {"question": duel.question, "images": (), "video": None, "responses": (duel.first, duel.second)}
         shown = [{"role": "user", "content": self.pictures(duel.images) + messages(pair)[0]["content"]}]
-        if self.args.verdict == "token":
-            return await self.token(model, shown)
-        reply = await self.endpoint.ask(model, shown, temperature=0, max_tokens=self.args.judge_tokens)
-        choice = parse(reply["text"]).choice
-        return reply | {"text": "none" if choice is None else str(2.0 - choice)}
-
-    async def token(self, model, shown):
-        """The reply is made to begin with PREFIX; one token follows (vLLM continues an assistant's turn so)."""
-        client = self.endpoint.client.with_options(max_retries=self.args.judge_retries)
-        try:
-            reply = await client.chat.completions.create(
-                model=model, messages=[*shown, {"role": "assistant", "content": PREFIX}], max_tokens=1, temperature=0,
-                logprobs=True, top_logprobs=20,
-                extra_body={"add_generation_prompt": False, "continue_final_message": True})
-            seen = {o.token.strip(): math.exp(o.logprob) for o in reply.choices[0].logprobs.content[0].top_logprobs[::-1]}
-            used = [reply.usage.prompt_tokens, reply.usage.completion_tokens]
-        except (self.endpoint.openai.OpenAIError, AttributeError, LookupError, TypeError, ValueError) as problem:
-            raise Unanswered(f"{type(problem).__name__}: {problem}", False) from None
+        if self.args.verdict == "reason":
+            reply = await self.endpoint.ask(model, shown, temperature=0, max_tokens=self.args.judge_tokens)
+            choice = parse(reply["text"]).choice
+            return reply | {"text": "none" if choice is None else str(2.0 - choice)}
+        # the reply is made to begin with PREFIX; one token follows (vLLM continues an assistant's turn so)
+        shown.append({"role": "assistant", "content": PREFIX})
+        reply = await self.endpoint.ask(model, shown, temperature=0, max_tokens=1, logprobs=True, top_logprobs=20,
+                                        add_generation_prompt=False, continue_final_message=True)
+        if not reply.get("likeliest"):
+            raise Unanswered("the reply has no log-probabilities, which --verdict token asks for", False)
+        seen = {token.strip(): math.exp(logp) for token, logp in reversed(reply["likeliest"][0].items())}  # of "1" and " 1" the likelier
         one, two = seen.get("1", 0.0), seen.get("2", 0.0)
         # a server tells of its 20 likeliest tokens: of a digit among the rest nothing is known
         known = {"1", "2"} <= seen.keys() or one + two > 0.5
-        return {"text": str(one / (one + two)) if known else "none", "tokens": used}
+        return reply | {"text": str(one / (one + two)) if known else "none"}
 
 
-class Duels(Judge):
+class Duels(ConsistencyJudge):
     """judge.py's judge, for duels: concurrent, each different duel asked once, patient, and dead when nothing comes."""
 
     def __init__(self, args, seed=0):
@@ -457,12 +450,14 @@ def main():
             seconds[name] = clock[-1] - clock[-2]
 
         # 1. and 2. rollout; the reward model judges a chunk while the next is sampled, all by the same weights
+        compared = args.engine == "vllm" and args.check_every and (step == first + 1 or step % args.check_every == 0)
         batch, rows, pending = coming.result(), [], []
         coming = loader.submit(shown, step + 1)
         for at in range(0, len(batch), args.chunk):
             places, mine, prompts = zip(*batch[at:at + args.chunk])
             seeds = [seed_of(args.seed, step, place) for place in places]
-            new = rollout(engine, processor, mine, prompts, seeds, args.samples, 1.0, args.max_new_tokens)
+            new = rollout(engine, processor, mine, prompts, seeds, args.samples, 1.0, args.max_new_tokens,
+                          logps=bool(compared or args.tis or args.old_logps == "vllm"))
             for i, row in enumerate(new):
                 row |= {"group": places[i // args.samples], "place": places[0] * args.samples + i}
             new = [row for row in new if row["group"] % tp == rank % tp]  # the ranks of one engine sampled the same
@@ -470,7 +465,7 @@ def main():
             rows += new
         lap("rollout")
         checked = {}
-        if args.engine == "vllm" and args.check_every and (step == first + 1 or step % args.check_every == 0):
+        if compared:
             checked = dict(zip(("mismatch", "mismatch_max"), mismatch(trainer, processor, rows, device, args.micro_tokens)))
             assert_same(*checked.values(), device, step)
         engine.sleep()

@@ -33,77 +33,65 @@ $ python evaluate.py --score_only --out out/eval --ab out/other
 $ python evaluate.py --out out/eval --tally votes-a.json votes-b.json
 """
 import argparse
-import base64
+import asyncio
 import fcntl
 import hashlib
 import html
-import io
 import json
 import math
 import os
 import random
 import re
 import shlex
+import threading
 import time
 from collections import Counter, defaultdict, deque, namedtuple
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from functools import cache
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 
-from annotate import (JUDGING_PROMPT, Unusable, as_sent, at_least, check_pair, each_pair, frames, located_lines, locate, messages,
-                      table_rows, turn)
+import torch
+
+from annotate import (JUDGING_PROMPT, Endpoint, Unanswered, Unusable, as_sent, at_least, check_pair, data_url, each_pair, frames,
+                      keep, locate, located_lines, messages, table_rows, turn)
+from annotate import table as markdown
+from sft import HF, collate, critique_of, encode, load_policy, micro_batches, read_media
 from stable_reinforce import parse
 
 # ---------------------------------------------------------------------------------------------------
-# Benchmarks -> rows. A row is a pair (see annotate.py) with bench, row, groups {grouping: group} and set, the rows judged together.
-
-
-def media(folder, image=None, video=None):
-    """What a row names -> images and video of a pair. What is not there keeps a path, which is then reported."""
-    place = lambda name: locate(folder, name) or os.path.join(folder, name)
-    if isinstance(image, dict):  # a parquet's cell
-        return {"images": [image["bytes"] or place(image["path"])], "video": None}
-    return {"images": [place(image)] if image else [], "video": (frames(place(video)) or [place(video)]) if video else None}  # deviation 5
+# Benchmarks -> rows. A row is a pair (see annotate.py) with bench, row (its number in it), groups {grouping: group} and set, the rows
+# judged together. What reads a benchmark makes of each of its rows: id, question, responses, choice, image, video, groups.
 
 
 def vl_group(id, any_case=True):
-    """
-    VL-RewardBench's group of an id, by its first word.
-
-    >>> vl_group("RLAIF-V-12"), vl_group("RLAIF-V-12", any_case=False)    # deviation 3
-    ('hallucination', 'general')
-    """
+    """VL-RewardBench's group of an id, by its first word. The paper's rule looks for small letters alone (deviation 3)."""
     word = re.split("[-_]", id.lower() if any_case else id)[0]
     return "hallucination" if word in ("rlaif", "rlhf", "hallucination") else "reasoning" if word in ("mathverse", "mmmu") else "general"
 
 
-def vl_reward_bench(r, folder):
+def vl_reward_bench(r):
     """The hub's parquet (query, response, human_ranking, image), or the released JSONL (prompt, chosen, rejected, image)."""
     groups = {"benchmark": vl_group(str(r["id"])), "paper": vl_group(str(r["id"]), any_case=False)}
     if "chosen" in r:
-        return r["id"], r["prompt"], [r["chosen"], r["rejected"]], 1, media(folder, r["image"]), groups
+        return r["id"], r["prompt"], [r["chosen"], r["rejected"]], 1, r["image"], None, groups
     better = {(0, 1): 1, (1, 0): 2}[tuple(r["human_ranking"])]
-    return r["id"], r["query"], list(r["response"]), better, media(folder, r["image"]), groups
+    return r["id"], r["query"], list(r["response"]), better, r["image"], None, groups
 
 
-def multimodal_reward_bench(r, folder):
+def multimodal_reward_bench(r):
     """all_data.json as the benchmark's own script joins it: ID, Text, Image, Output1, Output2, Better, Category."""
-    id, column = str(r["ID"]).lower(), {
-        "open_generation/correctness_task": "correctness", "open_generation/preference_task": "preference", "knowledge": "knowledge",
-        "reasoning": "reasoning", "safety": "safety", "vqa": "vqa"}[r["Category"]]
-    if column == "reasoning":
-        column = "math" if id.startswith("math") else "coding"
-    if column == "safety" and not id.startswith("pairs"):
-        column = "toxicity"  # beyond the seven columns
-    better = {"Output1": 1, "Output2": 2}[r["Better"]]
-    return r["ID"], r["Text"], [r["Output1"], r["Output2"]], better, media(folder, r["Image"]), {"columns": column}
+    id, better = str(r["ID"]).lower(), {"Output1": 1, "Output2": 2}[r["Better"]]
+    column = {"open_generation/correctness_task": "correctness", "open_generation/preference_task": "preference",
+              "knowledge": "knowledge", "vqa": "vqa", "reasoning": "math" if id.startswith("math") else "coding",
+              "safety": "safety" if id.startswith("pairs") else "toxicity"}[r["Category"]]  # toxicity is beyond the seven columns
+    return r["ID"], r["Text"], [r["Output1"], r["Output2"]], better, r["Image"], None, {"columns": column}
 
 
-def mm_rlhf_reward_bench(r, folder):
+def mm_rlhf_reward_bench(r):
     """JSONL: id, image or video, prompt, chosen, rejected. The rows of an id are pairs of the same answers: Acc+ asks for all of them."""
     group = [part for part in Path(r.get("image") or r["video"]).parts if part in ("mcq", "long", "short", "safety", "video")][0]
-    return r["id"], r["prompt"], [r["chosen"], r["rejected"]], 1, media(folder, r.get("image"), r.get("video")), {"category": group}
+    return r["id"], r["prompt"], [r["chosen"], r["rejected"]], 1, r.get("image"), r.get("video"), {"category": group}
 
 
 BENCHMARKS = {  # name: (reader of a row, its files in a folder)
@@ -118,46 +106,49 @@ PUBLISHED = {  # rows of each group
     "MM-RLHF-RewardBench": {"category": {"mcq": 42, "long": 37, "short": 34, "safety": 32, "video": 25}}}
 
 
+def media(folder, out, image=None, video=None):
+    """What a row names -> images and video of a pair. A picture inside a table goes to out/media; what is not there keeps its path."""
+    place = lambda name: locate(folder, name) or os.path.join(folder, name)
+    if isinstance(image, dict):  # a parquet's cell
+        kept = keep(image["bytes"], Path(out, "media")) if image["bytes"] else [place(image["path"])]
+        if isinstance(kept, str):
+            raise LookupError(kept)
+    else:
+        kept = [place(image)] if image else []
+    return {"images": list(kept[:1]), "video": (frames(place(video)) or [place(video)]) if video else None}  # deviation 5
+
+
 def bench_rows(name, path, out, group="source"):
-    """The rows of one benchmark; pictures inside a table are written to out/media once."""
+    """The rows of one benchmark."""
     if name == "pairs":  # the project's own format; its columns are the values of one field
-        yield from (pair | {"groups": {group: str(pair.get(group))}, "set": None} for pair in each_pair(path))
+        for i, pair in enumerate(each_pair(path)):
+            yield pair | {"bench": name, "row": i, "groups": {group: str(pair.get(group))}, "set": str(i)}
         return
-    blank = lambda text: isinstance(text, str) and not text.strip()
     read, patterns = BENCHMARKS[name]
-    for number, (where, r) in enumerate(table_rows(path, patterns)):
+    for i, (where, r) in enumerate(table_rows(path, patterns)):
         folder = os.path.dirname(where.rpartition(", ")[0])  # of the file, from which its paths go on
         try:
-            id, question, responses, choice, seen, groups = read(r, folder)
+            id, question, responses, choice, image, video, groups = read(r)
+            row = {"id": str(id), "source": name, "question": question, **media(folder, out, image, video), "responses": responses,
+                   "choice": choice, "attempts": None, "annotation": None}
         except (LookupError, TypeError, AttributeError) as problem:
             raise Unusable(f"{where} is not as rows of {name} are ({problem!r}); see {read.__name__}() in evaluate.py") from None
-        for i, data in enumerate(seen["images"]):
-            if isinstance(data, bytes):
-                seen["images"][i] = str(file := Path(out, "media", name, f"{number}-{i}-{hashlib.sha256(data).hexdigest()[:8]}.img"))
-                if not file.exists():
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    part = file.with_suffix(f".{os.getpid()}")
-                    part.write_bytes(data)
-                    part.rename(file)
-        row = {"id": str(id), "source": name, "question": question, **seen, "responses": responses, "choice": choice,
-               "attempts": None, "annotation": None}
         # an empty answer, which no pair may have, is a benchmark's to have: check_data counts it
-        check_pair(row | {"responses": ["-" if blank(text) else text for text in responses]}, where)
-        yield row | {"groups": groups, "set": str(id) if name == "MM-RLHF-RewardBench" else None}
+        check_pair(row | {"responses": ["-" if isinstance(text, str) and not text.strip() else text for text in responses]}, where)
+        # known by its number (deviation 4)
+        yield row | {"bench": name, "row": i, "groups": groups, "set": str(id) if name == "MM-RLHF-RewardBench" else str(i)}
 
 
 def read_rows(args):
     """{bench: its rows}, from the benchmarks' files or, without --bench, from what the run in --out kept of them."""
-    kept = Path(args.out, "rows.jsonl")
+    kept, benches = Path(args.out, "rows.jsonl"), defaultdict(list)
     if not args.bench:
         if not kept.is_file():
             raise Unusable(f"{kept}: no such file, so no run has been here; give --bench NAME=PATH, or the --out of a run")
-        rows = [row for _, _, row in located_lines(kept)]
-        return {bench: [row for row in rows if row["bench"] == bench] for bench in dict.fromkeys(row["bench"] for row in rows)}
-    benches = {}
+        for *_, row in located_lines(kept):
+            benches[row["bench"]].append(row)
     for name, path in args.bench:
-        found = islice(bench_rows(name, path, args.out, args.group), args.limit)
-        rows = benches[name] = [row | {"bench": name, "row": i, "set": row["set"] or str(i)} for i, row in enumerate(found)]  # deviation 4
+        rows = benches[name] = list(islice(bench_rows(name, path, args.out, args.group), args.limit))
         files = [p for row in rows for p in row["images"] + (row["video"] or [])]
         missing = [p for p in files if not os.path.isfile(p)]
         if missing or not rows:
@@ -167,14 +158,11 @@ def read_rows(args):
 
 
 def fits(rows):
-    """
-    z-score of: questions share more words with their own answers than with those of the row half the list away. Near 0 says that
-    questions and answers were joined wrongly. None: too few words to tell.
-    """
+    """z-score: do questions share more words with their own answers than with those half the list away? None: too few words to tell."""
     words = lambda text: {w for w in re.findall(r"\w+", text.lower()) if len(w) > 3}
     asked, said = [words(r["question"]) for r in rows], [words(" ".join(r["responses"])) for r in rows]
-    share = lambda i, j: len(asked[i] & said[j]) / max(1, len(asked[i]))
-    gain = [share(i, i) - share(i, (i + len(rows) // 2) % len(rows)) for i in range(len(rows))]
+    far = said[len(rows) // 2:] + said[:len(rows) // 2]
+    gain = [(len(q & own) - len(q & other)) / max(1, len(q)) for q, own, other in zip(asked, said, far)]
     if sum(map(bool, gain)) < 20:
         return None
     mean = sum(gain) / len(gain)
@@ -183,25 +171,24 @@ def fits(rows):
 
 def check_data(bench, rows):
     """What to know of a benchmark's file before its numbers are believed, as lines of text."""
-    notes = []
+    notes, tell = [], lambda counts: ", ".join(f"{g} {n}" for g, n in counts)
     for grouping, published in PUBLISHED.get(bench, {}).items():
         there = Counter(row["groups"][grouping] for row in rows)
-        notes.append(f"{grouping}: " + ", ".join(f"{g} {n}" for g, n in sorted(there.items())))
+        notes.append(f"{grouping}: {tell(sorted(there.items()))}")
         if there != published:
-            notes.append("note: the published file has " + ", ".join(f"{g} {n}" for g, n in published.items()))
+            notes.append(f"note: the published file has {tell(published.items())}")
     first = sum(row["choice"] == 1 for row in rows)
     if first in (0, len(rows)):
         notes.append(f"note: in this file the {'better' if first else 'worse'} answer always stands first; --orders dataset shows it so")
     repeated = len(rows) - len({(row["question"], *row["responses"], *row["images"]) for row in rows})
     empty = sum(not all(text.strip() for text in row["responses"]) for row in rows)
     notes += [f"note: {n} rows {what}" for n, what in ((repeated, "repeat another one"), (empty, "have an empty answer")) if n]
-    if bench == "Multimodal-RewardBench":  # its script joins prompts by row number to data sets that have changed since
-        kinds = defaultdict(list)
-        for row in rows:
-            kinds[re.split(r"[-_\d]", row["id"])[0]].append(row)
-        for kind, its in sorted(kinds.items()):
-            if (z := fits(its)) is not None and z < 2:
-                notes.append(f"WARNING: the {kind} questions do not seem to belong to their answers (z = {z:.1f}); join them anew")
+    kinds = defaultdict(list)
+    for row in rows if bench == "Multimodal-RewardBench" else ():
+        kinds[re.split(r"[-_\d]", row["id"])[0]].append(row)
+    for kind, its in sorted(kinds.items()):  # its script joins prompts by row number to data sets that have changed since
+        if (z := fits(its)) is not None and z < 2:
+            notes.append(f"WARNING: the {kind} questions do not seem to belong to their answers (z = {z:.1f}); join them anew")
     return notes
 
 
@@ -210,7 +197,11 @@ def check_data(bench, rows):
 
 FIELDS = {"bench": str, "row": int, "id": str, "order": int, "sample": int, "text": str, "choice": (int, type(None)),
           "logp1": (float, type(None)), "logp2": (float, type(None)), "tokens": int, "finish": str}
-where = lambda j: (j["bench"], j["row"], j["order"], j["sample"])
+address = lambda row: (row["bench"], row["row"])
+where = lambda j: (*address(j), j["order"], j["sample"])
+picked = lambda j: j["choice"] and (3 - j["choice"] if j["order"] else j["choice"])  # 1 or 2 as the row lists its answers; None: no verdict
+# the flags that a judgement depends on
+MADE_BY = ("model", "base_url", "scores", "temperature", "max_new_tokens", "max_pixels", "early_stop", "seed")
 
 
 def read_judgements(folder):
@@ -221,11 +212,11 @@ def read_judgements(folder):
             try:
                 j = json.loads(line)
                 wrong = [f"{f!r} is {j[f]!r}" for f, kind in FIELDS.items() if not isinstance(j[f], kind)]
+                wrong += [f"{where(j)} is there already"] * (where(j) in done)
             except (ValueError, TypeError, KeyError) as problem:
                 raise Unusable(f"{path}, line {number} is no judgement ({problem!r}); legal: {', '.join(FIELDS)}") from None
-            if wrong or where(j) in done:
-                why = wrong[0] if wrong else f"{where(j)} is there already"
-                raise Unusable(f"{path}, line {number}: {why}; remove that line to have it made again")
+            if wrong:
+                raise Unusable(f"{path}, line {number}: {wrong[0]}; remove that line to have it made again")
             done[where(j)] = j
     return done
 
@@ -247,10 +238,6 @@ class Journal:
         self.file.flush()
 
 
-# the flags that a judgement depends on
-MADE_BY = ("model", "base_url", "scores", "temperature", "max_new_tokens", "max_pixels", "early_stop", "seed")
-
-
 def settle(args, benches, done, rank=0):
     """Keeps rows and configuration beside the judgements. Two configurations never meet in one file; another --samples or --orders may."""
     digest = lambda *parts: hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
@@ -266,36 +253,29 @@ def settle(args, benches, done, rank=0):
             differs += [f"{bench} has other rows"] * (then[:n] != now[:n])
         if differs:
             raise Unusable(f"--out {args.out} holds another run: {'; '.join(differs)}. Choose another folder, or the same settings")
-    rows = [row for its in benches.values() for row in its]
-    for name, lines in (("config.json", [config]), ("rows.jsonl", rows)) if rank == 0 else ():
-        part = Path(args.out, f"{name}.part")
-        part.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        part.rename(Path(args.out, name))
+    for name, found in (("config.json", [config]), ("rows.jsonl", sum(benches.values(), []))) if rank == 0 else ():
+        part = path.with_name(f"{name}.part")
+        part.write_text("".join(json.dumps(line) + "\n" for line in found))
+        part.rename(path.with_name(name))
 
 
 # ---------------------------------------------------------------------------------------------------
-# Who is asked what. Each backend below is a function of a deque of jobs, which may grow meanwhile, that yields (job, [output, ...])
-# as they are finished. An output is a judgement without its place: text, choice, logp1, logp2, tokens, finish.
+# Judges. Each backend is a function of a deque of jobs, which may grow meanwhile, that yields (job, [output, ...]) as they are
+# finished. An output is a judgement without its place: text, choice, logp1, logp2, tokens, finish.
 
 Job = namedtuple("Job", "row order first count")  # samples first .. first + count - 1 of a row in one order
 
 
 def plan(row, args):
-    """The (order, sample) of a row's n samples, in the sequence in which early stopping takes them (deviation 8)."""
+    """The places of a row's judgements (see where()), in the sequence in which early stopping takes them (deviation 8)."""
     if args.orders == "both":
-        return [((row["row"] + t) % 2, t // 2) for t in range(args.samples)]
-    return [(0 if args.orders == "dataset" else row["choice"] - 1, t) for t in range(args.samples)]
+        return [(*address(row), (row["row"] + t) % 2, t // 2) for t in range(args.samples)]
+    return [(*address(row), 0 if args.orders == "dataset" else row["choice"] - 1, t) for t in range(args.samples)]
 
 
-def picks(row, taken, done):
-    """The answers picked, 1 or 2 as the row lists them, None: no verdict; up to the first judgement that is not there."""
-    found = []
-    for order, sample in taken:
-        j = done.get((row["bench"], row["row"], order, sample))
-        if j is None:
-            break
-        found.append(j["choice"] and (3 - j["choice"] if order else j["choice"]))
-    return found
+def so_far(row, done, args):
+    """A row's judgements in the sequence of its plan, up to the first that is not there."""
+    return [done[at] for at in takewhile(done.__contains__, plan(row, args))]
 
 
 def stopped(found, limit, run=3):
@@ -313,16 +293,14 @@ def stopped(found, limit, run=3):
 
 def due(row, done, args):
     """The jobs to ask for next. With --early_stop as many samples as must be drawn whatever they say: none is wasted."""
-    sequence = plan(row, args)
-    ahead = [at for at in sequence if (row["bench"], row["row"], *at) not in done]
+    ahead, jobs = plan(row, args), []
     if args.early_stop:
-        found = picks(row, sequence, done)
-        equal = next((i for i, p in enumerate(found[::-1]) if p is None or p != found[-1]), len(found))
-        must = sequence[len(found):len(found) + 3 - min(equal, 2)] if stopped(found, args.samples) is False else []
-        ahead = [at for at in must if at in ahead]
-    jobs = []
-    for order, sample in sorted(ahead):
-        if jobs and jobs[-1].order == order and jobs[-1].first + jobs[-1].count == sample:
+        found = [picked(j) for j in so_far(row, done, args)]
+        hope = found + ([p for p in found[-1:] if p] or [1]) * 3  # what would end it soonest
+        end = next(n for n in range(len(found), len(hope) + 1) if stopped(hope[:n], args.samples) is not False)
+        ahead = ahead[len(found):end]
+    for *_, order, sample in sorted(at for at in ahead if at not in done):
+        if jobs and (jobs[-1].order, jobs[-1].first + jobs[-1].count) == (order, sample):
             jobs[-1] = jobs[-1]._replace(count=jobs[-1].count + 1)
         else:
             jobs.append(Job(row, order, sample, 1))
@@ -331,25 +309,25 @@ def due(row, done, args):
 
 def collect(rows, answers, done, args, write=None):
     """Asks for every judgement of the rows that is not there yet; `done` grows, and `write` is told of each as it comes."""
-    jobs, left, start, made, tokens, told = deque(), Counter(), time.monotonic(), 0, 0, 0.0  # left: a row's samples on their way
+    jobs, flying, start, told, made, tokens = deque(), Counter(), time.monotonic(), 0.0, 0, 0  # flying: a row's samples on their way
 
     def ask(row):
         more = due(row, done, args)
         jobs.extend(more)
-        left[row["bench"], row["row"]] += (n := sum(job.count for job in more))
+        flying[address(row)] += (n := sum(job.count for job in more))
         return n
 
     total = sum(map(ask, rows))
     for job, outputs in answers(jobs):
-        place = {"bench": job.row["bench"], "row": job.row["row"], "id": job.row["id"], "order": job.order}
+        place = {k: job.row[k] for k in ("bench", "row", "id")} | {"order": job.order}
         judgements = [place | {"sample": sample} | output for sample, output in enumerate(outputs, job.first)]
         if write:
             write(judgements)
         done |= {where(j): j for j in judgements}
-        left[place["bench"], place["row"]] -= len(outputs)
-        if args.early_stop and not left[place["bench"], place["row"]]:
+        flying[address(job.row)] -= job.count
+        if args.early_stop and not flying[address(job.row)]:
             total += ask(job.row)
-        made, tokens, spent = made + len(outputs), tokens + sum(o["tokens"] for o in outputs), time.monotonic() - start
+        made, tokens, spent = made + job.count, tokens + sum(o["tokens"] for o in outputs), time.monotonic() - start
         if write and (spent > told + 10 or made == total):
             told = spent
             print(f"{made} of {total} judgements in {spent:.0f} s, {tokens / spent:.0f} tokens/s", flush=True)
@@ -357,18 +335,12 @@ def collect(rows, answers, done, args, write=None):
 
 def seed_of(job, args):
     """Of a job's first sample; the next ones count on. So a sample's seed is the same whatever it is asked together with."""
-    text = json.dumps([args.seed, job.row["bench"], job.row["row"], job.order])
+    text = json.dumps([args.seed, *address(job.row), job.order])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:3], "big") * 100 + job.first
 
 
 def verdict_at(n, piece, text):
-    """
-    The index among n tokens of the one that is the verdict: the first digit met when walking back from the last </answer>.
-
-    >>> said = ["<answer", ">", " ", "1", "</", "answer", ">\\n", "So 2", "."]
-    >>> verdict_at(len(said), said.__getitem__, "".join(said))
-    3
-    """
+    """The index among n tokens of the one that is the verdict: the first digit met when walking back from the last </answer>."""
     tail, closed = "", False
     for t in range(n - 1, -1, -1) if parse(text).choice else ():
         if closed and piece(t).strip() in ("1", "2"):
@@ -388,18 +360,15 @@ def load_vllm(args):
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     torchrun = {k: os.environ.pop(k) for k in names if k in os.environ}
     if torchrun:
-        shown = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(64)))).split(",")
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(64)))).split(",")
         first = int(torchrun["LOCAL_RANK"]) * args.tensor_parallel
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(shown[first:first + args.tensor_parallel])
-    import torch
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[first:first + args.tensor_parallel])
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    special = {}
-    if not torch.cuda.is_available():
+    special = {} if torch.cuda.is_available() else dict(  # on a CPU a seeded request whose prompt is read in pieces stops the engine
+        enforce_eager=True, dtype="float32", enable_chunked_prefill=False, max_num_batched_tokens=max(8192, args.context))
+    if special:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-        # on a CPU a seeded request whose prompt is read in pieces stops the engine
-        special = dict(enforce_eager=True, dtype="float32", enable_chunked_prefill=False,
-                       max_num_batched_tokens=max(8192, args.max_model_len))
     from transformers import AutoProcessor
     from vllm import LLM
 
@@ -409,7 +378,7 @@ def load_vllm(args):
     digits = [processor.tokenizer.encode(d, add_special_tokens=False) for d in "12"]
     if any(len(d) != 1 for d in digits):
         raise Unusable(f"--model {args.model}: its tokens of 1 and 2 are {digits}; legal: a model to which a digit is one token, as Qwen's")
-    llm = LLM(args.model, max_model_len=args.max_model_len, tensor_parallel_size=args.tensor_parallel,
+    llm = LLM(args.model, max_model_len=args.context, tensor_parallel_size=args.tensor_parallel,
               limit_mm_per_prompt={"image": 16, "video": 1}, **special)
     os.environ |= torchrun
     return llm.llm_engine, processor, [d[0] for d in digits]
@@ -421,15 +390,13 @@ def engine(args):
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    from sft import read_media
-
     def request(job):
         turns = messages(job.row, job.order)
         images, videos, about = read_media(processor, turns)  # already in the size that the model sees
         data = {"image": images} if images else {}
         if videos:
-            frames = [video.permute(0, 2, 3, 1).numpy().astype("uint8") for video in videos]
-            data["video"] = [(f, m | {"do_sample_frames": False}) for f, m in zip(frames, about)]
+            shots = [video.permute(0, 2, 3, 1).numpy().astype("uint8") for video in videos]
+            data["video"] = [(s, m | {"do_sample_frames": False}) for s, m in zip(shots, about)]
         prompt = {"prompt": processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)}
         prompt |= {"multi_modal_data": data, "mm_processor_kwargs": {"do_resize": False}} if data else {}
         return prompt, SamplingParams(n=job.count, temperature=args.temperature, max_tokens=args.max_new_tokens, seed=seed_of(job, args),
@@ -452,7 +419,7 @@ def engine(args):
                     try:
                         llm.add_request(str(number), *ready.result())
                     except (ValueError, OSError) as problem:
-                        raise Unusable(f"{job.row['bench']} row {job.row['row']}: {problem}. If it is too long: --max_model_len") from None
+                        raise Unusable(f"{job.row['bench']} row {job.row['row']}: {problem}. If it is too long: --context") from None
                     flying[str(number)], number = job, number + 1
                 for finished in llm.step():
                     yield flying.pop(finished.request_id), [output(c) for c in finished.outputs]
@@ -461,49 +428,42 @@ def engine(args):
 
 def endpoint(args):
     """An OpenAI-compatible server, --concurrency jobs at a time; log-probabilities if it gives them, which few do."""
-    import openai
-
-    client = openai.OpenAI(base_url=args.base_url, api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=8, timeout=600)
+    server, loop = Endpoint(args.base_url, timeout=600, retries=8), asyncio.new_event_loop()
+    fixed = {"temperature": args.temperature, "max_completion_tokens": args.max_new_tokens}
     extra = {"logprobs": True, "top_logprobs": 5}
+    threading.Thread(target=loop.run_forever, daemon=True).start()  # of its own: the caller, a notebook say, may have one running
 
-    def one(shown, seed, tries=5):
+    async def one(shown, seed):
         more = dict(extra)
         try:
-            reply = client.chat.completions.create(model=args.model, messages=shown, temperature=args.temperature, seed=seed,
-                                                   max_completion_tokens=args.max_new_tokens, **more)
-            choice, text = reply.choices[0], reply.choices[0].message.content or ""
-            pieces = (choice.logprobs.content if choice.logprobs else None) or []
-            tokens = reply.usage.completion_tokens if reply.usage else len(pieces)
-        except (openai.APIStatusError, openai.APIConnectionError) as refused:
+            reply = await server.ask(args.model, shown, seed=seed, **fixed, **more)
+        except Unanswered as refused:
             if more and "logprobs" in str(refused):
                 extra.clear()  # it has none to give
-                return one(shown, seed, tries)
-            raise Unusable(f"--base_url {args.base_url}: {refused}") from None
-        # what is no completion: a page of HTML, no choices, half a body
-        except (openai.APIResponseValidationError, ValueError, AttributeError, IndexError, TypeError):
-            if not tries:
-                raise
-            return one(shown, seed, tries - 1)
-        at = verdict_at(len(pieces), lambda t: pieces[t].token, text)
-        seen = {} if at is None else {option.token.strip(): float(option.logprob) for option in pieces[at].top_logprobs[::-1]}
-        return output_of(text, tokens, choice.finish_reason, seen.get("1"), seen.get("2"))
+                return await one(shown, seed)
+            raise Unusable(f"--base_url {args.base_url}: {refused.args[0]}") from None
+        said = reply.get("said", [])
+        at = verdict_at(len(said), said.__getitem__, reply["text"])
+        options = {} if at is None else reply["likeliest"][at]
+        seen = {token.strip(): logp for token, logp in reversed(options.items())}  # of "1" and " 1" the likelier
+        return output_of(reply["text"], reply["tokens"][1] or len(said), reply["finish"], seen.get("1"), seen.get("2"))
 
-    def ask(job):
-        shown = as_sent(messages(job.row, job.order), args.max_pixels or 2**62, max_frames=32)
-        return [one(shown, seed_of(job, args) + i) for i in range(job.count)]
+    async def ask(job):
+        shown = await asyncio.to_thread(as_sent, messages(job.row, job.order), args.max_pixels or 2**62, max_frames=32)
+        return [await one(shown, seed_of(job, args) + i) for i in range(job.count)]
 
     def answers(jobs):
         flying = {}
-        with ThreadPoolExecutor(args.concurrency) as pool:
-            try:
-                while jobs or flying:
-                    while jobs and len(flying) < 2 * args.concurrency:
-                        job = jobs.popleft()
-                        flying[pool.submit(ask, job)] = job
-                    for future in wait(flying, return_when=FIRST_COMPLETED).done:
-                        yield flying.pop(future), future.result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        try:
+            while jobs or flying:
+                while jobs and len(flying) < args.concurrency:
+                    job = jobs.popleft()
+                    flying[asyncio.run_coroutine_threadsafe(ask(job), loop)] = job
+                for future in wait(flying, return_when=FIRST_COMPLETED).done:
+                    yield flying.pop(future), future.result()
+        finally:
+            for future in flying:
+                future.cancel()
     return answers
 
 
@@ -513,15 +473,14 @@ def rewarded(reward):
         known = {}
         while jobs:
             now = [jobs.popleft() for _ in range(min(len(jobs), 64))]
-            at = lambda job: (job.row["bench"], job.row["row"])
-            new = {at(job): job.row for job in now if at(job) not in known}  # a row is scored once for both orders
+            new = {address(job.row): job.row for job in now if address(job.row) not in known}  # a row is scored once for both orders
             known |= zip(new, reward(list(new.values())))
             for job in now:
-                (a, b), text = known[at(job)]
+                (a, b), text = known[address(job.row)]
                 a, b = (b, a) if job.order else (a, b)
-                whole = max(a, b) + math.log1p(math.exp(-abs(a - b)))
+                norm = max(a, b) + math.log1p(math.exp(-abs(a - b)))
                 choice = None if a == b else 1 if a > b else 2
-                yield job, [output_of(text, 0, "stop", a - whole, b - whole) | {"choice": choice}] * job.count
+                yield job, [output_of(text, 0, "stop", a - norm, b - norm) | {"choice": choice}] * job.count
     return answers
 
 
@@ -530,197 +489,199 @@ def scores(args):
     given = {}
     for line, r in table_rows(args.scores, ()):
         try:
-            given[r["bench"], r["row"]] = a, b = tuple(map(float, r["scores"]))
+            given[address(r)] = a, b = tuple(map(float, r["scores"]))
         except (LookupError, TypeError, ValueError):
-            a = math.nan
+            a = b = math.nan
         if not math.isfinite(a + b):
             raise Unusable(f"{line} is {json.dumps(r)[:200]}; legal: bench, row and scores, two finite numbers")
 
     def reward(rows):
-        lacks = [f"{row['bench']} row {row['row']}" for row in rows if (row["bench"], row["row"]) not in given]
+        lacks = [f"{row['bench']} row {row['row']}" for row in rows if address(row) not in given]
         if lacks:
             raise Unusable(f"--scores {args.scores} has nothing for {lacks[0]}; it has {len(given)} rows")
-        return [(given[row["bench"], row["row"]], "") for row in rows]
+        return [(given[address(row)], "") for row in rows]
     return rewarded(reward)
 
 
-def heads(args):
-    """The reward heads of sft.py: scalar scores a response, critic its own critique of it."""
-    import torch
-
-    from sft import collate, critique_of, encode, generate, load_policy, micro_batches
-
+def heads(args, budget=16384):
+    """The reward heads of sft.py: scalar scores a response, critic its own critique of it. budget: padded tokens of a micro-batch."""
     policy, processor = load_policy(args.model, max_pixels=args.max_pixels)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     policy.to(device).eval()
 
     @torch.no_grad()
     def reward(rows):
-        texts = [""] * 2 * len(rows)
+        texts, found = [""] * 2 * len(rows), {}
         if policy.kind == "scalar":
             asked = [encode(processor, turn(row, row["question"]), response) for row in rows for response in row["responses"]]
         else:
             asked = [encode(processor, critique_of(row, i)) for row in rows for i in (0, 1)]
-            asked = [row | {"response": ids} for row, ids in zip(asked, generate(policy, processor, asked, args.max_new_tokens, 16384))]
+            replies = HF(policy, processor, device).generate(asked, temperature=0.0, max_tokens=args.max_new_tokens)
+            asked = [row | {"response": sample["ids"]} for row, (sample,) in zip(asked, replies)]
             texts = [processor.tokenizer.decode(row["response"], skip_special_tokens=True) for row in asked]
-        found = {}
-        for group in micro_batches([[row | {"number": i}] for i, row in enumerate(asked)], 16384):
-            said = policy(collate(group, processor.tokenizer.pad_token_id, device))["score"].tolist() if group else []
+        for group in micro_batches([[row | {"number": i}] for i, row in enumerate(asked)], budget):
+            said = policy(collate(group, processor.tokenizer.pad_token_id, device))["score"].tolist()
             found |= {row["number"]: score for row, score in zip(group, said)}
         return [((found[i], found[i + 1]), "\n\n".join(texts[i:i + 2]).strip()) for i in range(0, len(asked), 2)]
     return rewarded(reward)
 
 
-def has_head(args):
-    return not args.base_url and Path(args.model, "reward_head").is_dir()
+has_head = lambda args: not args.base_url and Path(args.model, "reward_head").is_dir()
+backend = lambda args: (scores if args.scores else endpoint if args.base_url else heads if has_head(args) else engine)(args)
+Judged = namedtuple("Judged", "choice probability votes reasoning")
 
 
-def backend(args):
-    return (scores if args.scores else endpoint if args.base_url else heads if has_head(args) else engine)(args)
+class Judge:
+    """
+    judge = Judge("out/rl"), or Judge("NAME", base_url="http://..."), other flags by name; samples a pair, half of them in each order.
+    judge(question, images, answer1, answer2) -> choice (1, 2 or None), probability (its share of the votes), votes (for 1, for 2,
+    none), reasoning (of a sample that chose so). judge.rank(question, images, answers) -> [(index, share of duels won), ...].
+    """
+
+    def __init__(self, model, samples=2, **flags):
+        words = [word for k, v in flags.items() for word in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
+        self.args = check_args(parser().parse_args(["--model", str(model), "--samples", str(samples), "--out", os.devnull, *words]))
+        self.answers = backend(self.args)
+
+    def judgements(self, question, images, pairs):
+        """The judgements of each pair of answers, all asked for at once; of a pair, those in the order as asked come first."""
+        rows = [{"bench": "", "row": i, "id": str(i), "question": question, "images": list(map(str, images)), "video": None,
+                 "responses": list(pair), "choice": 1} for i, pair in enumerate(pairs)]
+        done = {}
+        collect(rows, self.answers, done, self.args)
+        return [sorted(so_far(row, done, self.args), key=where) for row in rows]
+
+    def __call__(self, question, images, answer1, answer2):
+        said = self.judgements(question, images, [(answer1, answer2)])[0]
+        found = [picked(j) for j in said]
+        lean = found.count(1) - found.count(2) or sum(  # in a tie, whoever is surer
+            (1 - 2 * j["order"]) * (j["logp1"] - j["logp2"]) for j in said if None not in (j["choice"], j["logp1"], j["logp2"]))
+        choice = None if lean == 0 else 1 if lean > 0 else 2
+        reasoning = next((j["text"] for j, p in zip(said, found) if p and p == choice), "")
+        votes = tuple(map(found.count, (1, 2, None)))
+        return Judged(choice, votes[choice - 1] / len(found) if choice else 0.0, votes, reasoning)
+
+    def rank(self, question, images, answers):
+        """Every answer against every other one, in both orders; no verdict is half a point for either."""
+        duels = [(i, j) for i in range(len(answers)) for j in range(i)]
+        won = Counter({i: 0.0 for i in range(len(answers))})
+        for (i, j), said in zip(duels, self.judgements(question, images, [(answers[i], answers[j]) for i, j in duels])):
+            share = sum({1: 1.0, None: 0.5, 2: 0.0}[picked(s)] for s in said) / len(said)
+            won[i] += share / (len(answers) - 1)
+            won[j] += (1 - share) / (len(answers) - 1)
+        return won.most_common()
 
 
 # ---------------------------------------------------------------------------------------------------
-# Test-time scaling, as pure functions of counts = ((right, wrong, none), ...): a row's samples with the better answer shown first,
-# then second; or those of one order alone. ks = how many samples are taken of each.
+# Scores. First test-time scaling, as pure functions of counts = ((right, wrong, none), ...): a row's samples with the better answer
+# shown first, then second; or those of one order alone. ks = how many samples are taken of each.
+
+TRIVIAL = ("always 1", "longer answer", "shorter answer", "coin")
+# Does the reasoning go back on itself (C.6)? By telltale words: a hint where to look, no measurement.
+DOUBTS = re.compile(r"wait[,.:!]|re-?(?:read|check|exam)|re-eval|reconsider|recalculat|second thought|look again|made a mistake"
+                    r"|correct myself", re.I)
 
 
 @cache
-def draws(right, wrong, none, k):
-    """{(right, wrong): probability} among k of the samples, drawn without putting back."""
-    ways = math.comb(right + wrong + none, k)
-    return {(r, w): math.comb(right, r) * math.comb(wrong, w) * math.comb(none, k - r - w) / ways
-            for r in range(min(right, k) + 1) for w in range(max(0, k - r - none), min(wrong, k - r) + 1)}
-
-
-@cache
-def vote(counts, ks):
+def chances(counts, ks):
     """
-    (probability that the majority is right, probability of a tie), over all subsets; a tie counts one half, no vote 0 (deviation 7).
+    Over all subsets of so many samples: the probabilities that the majority is right, that it is a tie, that any sample is right.
+    A tie counts one half, no vote 0 (deviation 7).
 
-    >>> vote(((2, 1, 0),), (3,)), vote(((1, 0, 1), (0, 1, 1)), (1, 1))
-    ((1.0, 0.0), (0.375, 0.25))
+    >>> chances(((2, 1, 0),), (3,)), chances(((1, 0, 1), (0, 1, 1)), (1, 1))
+    ((1.0, 0, 1.0), (0.375, 0.25, 0.5))
     """
-    margins = {(0, False): 1.0}  # (right - wrong, is there any vote)
-    for c, k in zip(counts, ks):
-        step = defaultdict(float)
-        for (margin, any_vote), p in margins.items():
-            for (r, w), q in draws(*c, k).items():
-                step[margin + r - w, any_vote or r + w > 0] += p * q
-        margins = step
-    tie = margins.get((0, True), 0.0)
-    return sum(p for (margin, _), p in margins.items() if margin > 0) + tie / 2, tie
-
-
-@cache
-def any_right(counts, ks):
-    """
-    Probability that at least one sample is right. A coin has 1 - 2^-k.
-
-    >>> any_right(((1, 3, 0),), (2,))
-    0.5
-    """
-    return 1 - math.prod(math.comb(sum(c) - c[0], k) / math.comb(sum(c), k) for c, k in zip(counts, ks))
+    found = {(0, 0): 1.0}  # (right, wrong): probability
+    for (right, wrong, none), k in zip(counts, ks):
+        step, ways = defaultdict(float), math.comb(right + wrong + none, k)
+        for r in range(min(right, k) + 1):
+            for w in range(max(0, k - r - none), min(wrong, k - r) + 1):
+                p = math.comb(right, r) * math.comb(wrong, w) * math.comb(none, k - r - w) / ways  # drawn without putting back
+                for (a, b), q in found.items():
+                    step[a + r, b + w] += p * q
+        found = step
+    tie = sum(p for (r, w), p in found.items() if r == w > 0)
+    return sum(p for (r, w), p in found.items() if r > w) + tie / 2, tie, sum(p for (r, _), p in found.items() if r)
 
 
 def shares(orders, k):
-    """
-    k samples shared among the orders: in halves; of an odd k either order has the odd one.
-
-    >>> shares(1, 5), shares(2, 4), shares(2, 5)
-    ([(5,)], [(2, 2)], [(2, 3), (3, 2)])
-    """
+    """k samples shared among the orders: in halves; of an odd k either order has the odd one: shares(2, 5) = [(2, 3), (3, 2)]."""
     return [(k,)] if orders == 1 else sorted({(k // 2, k - k // 2), (k - k // 2, k // 2)})
 
 
 @cache
 def early_stop(counts, start=0, limit=None, run=3):
     """
-    Early stopping replayed on every possible sequence of a row's samples, the orders in turn from `start` (deviation 8):
-    (probability of being right, how many of the (right, wrong, none) of each order are expected to be drawn). limit: at most.
-
-    >>> coin = lambda p: ((int(p * 10**9), int((1 - p) * 10**9), 0),)    # so many samples are as good as independent ones
-    >>> [round(sum(early_stop(coin(p), limit=16)[1][0]), 2) for p in (.5, .7, .9)]
-    [6.74, 5.61, 3.7]
+    Early stopping replayed on every possible sequence of a row's samples, the orders in turn from `start`, at most `limit` samples
+    (deviation 8): (probability of being right, how many of the (right, wrong, none) of each order are expected to be drawn).
     """
-    limit = min(limit or math.inf, sum(map(sum, counts)))
-    flat, sides = [n for c in counts for n in c], len(counts)  # kind i % 3 of order i // 3
-
-    @cache
-    def go_on(drawn, last, length):
-        t = sum(drawn)
-        if length == run:
-            return float(last == 0), (0.0,) * len(flat)
-        if t == limit:
+    flat, limit = [n for c in counts for n in c], min(limit or math.inf, sum(map(sum, counts)))  # kind i % 3 of order i // 3
+    states, accuracy, used = {((0,) * len(flat), None, 0): 1.0}, 0.0, [0.0] * len(flat)  # {(drawn, last kind, alike in a row): probability}
+    for t in range(limit + 1):
+        step = defaultdict(float)
+        for (drawn, last, length), p in states.items():
             right, wrong = sum(drawn[0::3]), sum(drawn[1::3])
-            return (0.5 if right == wrong > 0 else float(right > wrong)), (0.0,) * len(flat)
-        here = [i for i in range(len(flat)) if i // 3 == (start + t) % sides and flat[i] > drawn[i]]
-        left, accuracy, used = sum(flat[i] - drawn[i] for i in here), 0.0, [0.0] * len(flat)
-        for i in here:
-            p, kind = (flat[i] - drawn[i]) / left, i % 3
-            a, more = go_on(drawn[:i] + (drawn[i] + 1,) + drawn[i + 1:], kind, 0 if kind == 2 else length + 1 if kind == last else 1)
-            accuracy, used = accuracy + p * a, [u + p * (m + (i == k)) for k, (u, m) in enumerate(zip(used, more))]
-        return accuracy, tuple(used)
-    accuracy, used = go_on((0,) * len(flat), None, 0)
-    return accuracy, tuple(used[i:i + 3] for i in range(0, len(used), 3))
+            if length == run or t == limit:
+                accuracy += p * (last == 0 if length == run else 0.5 if right == wrong > 0 else right > wrong)
+                used = [u + p * n for u, n in zip(used, drawn)]
+                continue
+            left = {i: flat[i] - drawn[i] for i in range(len(flat)) if i // 3 == (start + t) % len(counts) and flat[i] > drawn[i]}
+            for i, n in left.items():
+                alike = 0 if i % 3 == 2 else length + 1 if i % 3 == last else 1
+                step[drawn[:i] + (drawn[i] + 1,) + drawn[i + 1:], i % 3, alike] += p * n / sum(left.values())
+        states = step
+    return accuracy, tuple(tuple(used[i:i + 3]) for i in range(0, len(used), 3))
 
 
 def fit_temperature(log_odds):
     """The T from 0.05 to 50 that makes sigmoid(z / T) likeliest, z being the log-odds given to the right answer."""
     import numpy as np
-
     grid = np.geomspace(0.05, 50, 200)
-    return float(grid[np.logaddexp(0, -np.asarray(log_odds)[:, None] / grid).mean(0).argmin()]) if len(log_odds) else 1.0
-
-
-# ---------------------------------------------------------------------------------------------------
-# Scores. A line of a table is an array (V, R): the probability that each row is judged rightly, in each of V variants (the two
-# orders, say) which are averaged; NaN where there is none.
+    return float(grid[np.logaddexp(0, -log_odds[:, None] / grid).mean(0).argmin()]) if len(log_odds) else 1.0
 
 
 class Tally:
-    """The judgements of one benchmark's rows, by the place of the better answer: 0 = shown first, 1 = shown second."""
+    """
+    The judgements of one benchmark's rows. As arrays, of each judgement: at, the index of its row; place of the better answer, 0 =
+    shown first, 1 = second; kind, 0 = right, 1 = wrong, 2 = no verdict; right and wrong, the log-probabilities of the two verdicts.
+    """
 
     def __init__(self, rows, done, args):
         import numpy as np
-
-        self.rows, self.missing, self.used, self.online, self.votes = [], 0, [], [], []
-        counts, tokens = [], []  # (R, place, right | wrong | none)
+        self.rows, self.used, self.online, self.missing, self.T, both = [], [], [], 0, None, args.orders == "both"
+        self.n, self.orders = (1, 1) if args.early_stop else (args.samples, 1 + both)
+        columns = []
         for row in rows:
-            taken = plan(row, args)
-            found = picks(row, taken, done)
-            if len(found) < len(taken) and (not args.early_stop or stopped(found, args.samples) is False):
+            its = so_far(row, done, args)
+            answer = stopped([picked(j) for j in its], args.samples, 3 if args.early_stop else math.inf)
+            if answer is False:
                 self.missing += 1
                 continue
-            used = [done[row["bench"], row["row"], *at] for at in taken[:len(found)]]
             if args.early_stop:
-                answer = stopped(found, args.samples)
-                self.online.append((0.5 if answer == 1.5 else float(answer == row["choice"]), len(used), sum(j["tokens"] for j in used)))
-                used = used[:2 if args.orders == "both" else 1]  # later ones are there because of what these said
+                self.online.append((0.5 if answer == 1.5 else float(answer == row["choice"]), len(its), sum(j["tokens"] for j in its)))
+                its = its[:1 + both]  # later ones are there because of what these said
+            for j in its:
+                place, logps = (row["choice"] - 1) ^ j["order"], [-math.inf if p is None else p for p in (j["logp1"], j["logp2"])]
+                kind = 2 if j["choice"] is None else int(j["choice"] - 1 != place)
+                columns.append((len(self.rows), place, kind, logps[place], logps[1 - place], j["tokens"]))
             self.rows.append(row)
-            self.used += used
-            self.votes.append([])
-            counts.append(np.zeros((2, 3), int))
-            tokens.append(np.zeros((2, 3)))
-            for j in used:
-                better = 3 - row["choice"] if j["order"] else row["choice"]  # its number as shown
-                kind = 2 if j["choice"] is None else int(j["choice"] != better)
-                counts[-1][better - 1, kind] += 1
-                tokens[-1][better - 1, kind] += j["tokens"]
-                logps = [-math.inf if p is None else p for p in (j["logp1"], j["logp2"])]
-                self.votes[-1].append((kind, logps[better - 1], logps[2 - better]))  # log-probability of right, of wrong
-        self.counts, self.tokens = np.array(counts).reshape(-1, 2, 3), np.array(tokens).reshape(-1, 2, 3)
-        self.n, self.orders = (args.samples, 2 if args.orders == "both" else 1) if not args.early_stop else (1, 1)
-        self.sides = [tuple(tuple(map(int, c)) for c in row if c.sum()) for row in self.counts]  # of the orders there are
+            self.used += its
+        at, place, kind, self.right, self.wrong, tokens = np.array(columns).reshape(-1, 6).T
+        self.at, self.kind = at.astype(int), kind.astype(int)
+        self.counts, self.tokens = np.zeros((len(self.rows), 2, 3), int), np.zeros((len(self.rows), 2, 3))  # (R, place, kind)
+        for sums, values in ((self.counts, 1), (self.tokens, tokens)):
+            np.add.at(sums, (self.at, place.astype(int), self.kind), values)
+        self.sides = [tuple(tuple(c) for c in row if any(c)) for row in self.counts.tolist()]  # of the orders there are
 
-    def line(self, function, variants):
+    def chances(self, k):
+        """(V, R, 3): chances() of each row."""
         import numpy as np
-        return np.array([[function(counts, variant) for counts in self.sides] for variant in variants])
+        return np.array([[chances(counts, ks) for counts in self.sides] for ks in shares(self.orders, k)])
 
 
 def lines(tally, args):
-    """{name: (V, R)}: every way to judge, then the trivial ones."""
+    """{name: (V, R)}: the probability that each row is judged rightly, in V variants to be averaged (the two orders, say); NaN: in none."""
     import numpy as np
-
     out, both, n = {}, args.orders == "both", tally.n
     with np.errstate(invalid="ignore"):
         right = (tally.counts[:, :, 0] / tally.counts.sum(-1)).T  # (2, R)
@@ -732,9 +693,8 @@ def lines(tally, args):
     if args.early_stop:
         out[f"early stopping, at most {args.samples}"] = np.array([[accuracy for accuracy, _, _ in tally.online]])
     elif n > 2:
-        out |= {f"voting@{k}": tally.line(lambda c, ks: vote(c, ks)[0], shares(tally.orders, k)) for k in sorted({5, 15, n}) if k <= n}
-        out[f"any@{n}"] = tally.line(any_right, shares(tally.orders, n))
-        out[f"early stopping, at most {n}"] = tally.line(lambda c, start: early_stop(c, start)[0], range(tally.orders))
+        out |= {f"voting@{k}": tally.chances(k)[..., 0] for k in sorted({5, 15, n}) if k <= n} | {f"any@{n}": tally.chances(n)[..., 2]}
+        out[f"early stopping, at most {n}"] = np.array([[early_stop(c, start)[0] for c in tally.sides] for start in range(tally.orders)])
         out |= weighted(tally)
     first = np.array([[row["choice"] == 1 for row in tally.rows]], float)
     gain = [len(row["responses"][row["choice"] - 1]) - len(row["responses"][2 - row["choice"]]) for row in tally.rows]
@@ -746,47 +706,40 @@ def lines(tally, args):
 def weighted(tally):
     """Votes weighted by the verdict's probability (C.10), and calibrated votes (deviation 9)."""
     import numpy as np
-
-    known = [math.exp(v[1 + v[0]]) for votes in tally.votes for v in votes if v[0] < 2 and v[1 + v[0]] > -math.inf]
-    if not known:
+    own = np.where(tally.kind == 0, tally.right, np.where(tally.kind == 1, tally.wrong, -math.inf))  # log-probability of the verdict
+    known = own > -math.inf
+    if not known.any():
         return {}
-    usual = sum(known) / len(known)  # the weight of a verdict whose probability is not known
-    odds = lambda v: 0.0 if v[1] == v[2] else max(-20.0, min(20.0, v[1] - v[2]))  # towards the right answer
-    half = [hashlib.sha256(row["set"].encode()).digest()[0] % 2 for row in tally.rows]
-    tally.T = [fit_temperature([odds(v) for votes, h in zip(tally.votes, half) if h != side for v in votes if v[0] < 2]) for side in (0, 1)]
-    ways = {"confidence-weighted": lambda v, h: (1 - 2 * v[0]) * (math.exp(v[1 + v[0]]) if v[1 + v[0]] > -math.inf else usual),
-            "calibrated": lambda v, h: math.tanh(odds(v) / tally.T[h] / 2)}  # 2 sigmoid(z / T) - 1
-    out = {}
-    for name, weigh in ways.items():
-        sums = [[weigh(v, h) for v in votes if v[0] < 2] for votes, h in zip(tally.votes, half)]
-        out[f"{name}@{tally.n}"] = np.array([[(1 + np.sign(round(sum(s), 12))) / 2 if s else 0.0 for s in sums]])
+    with np.errstate(invalid="ignore"):  # neither is known: no odds
+        odds = np.clip(np.nan_to_num(tally.right - tally.wrong, nan=0.0), -20, 20)  # towards the right answer
+    half = np.array([hashlib.sha256(row["set"].encode()).digest()[0] % 2 for row in tally.rows])[tally.at]
+    tally.T = [fit_temperature(odds[(half != side) & (tally.kind < 2)]) for side in (0, 1)]
+    weight = np.where(known, np.exp(own), np.exp(own[known]).mean())  # where it is not known: the usual one
+    out, voted = {}, tally.counts[:, :, :2].any((1, 2))
+    for name, votes in (("confidence-weighted", (1 - 2 * tally.kind) * weight),
+                        ("calibrated", np.tanh(odds / np.take(tally.T, half) / 2))):  # 2 sigmoid(z / T) - 1
+        sums = np.bincount(tally.at, np.where(tally.kind < 2, votes, 0), len(tally.rows))
+        out[f"{name}@{tally.n}"] = np.where(voted, (1 + np.sign(sums.round(12))) / 2, 0)[None]
     return out
-
-
-def groups_of(rows):
-    """{grouping: [group, ...]}, in the published order, then others."""
-    published = PUBLISHED.get(rows[0]["bench"], {})
-    return {g: list(dict.fromkeys([*published.get(g, ()), *sorted({row["groups"][g] for row in rows})])) for g in rows[0]["groups"]}
 
 
 def scored(values, rows, weights):
     """A line (V, R), with rows counted so many times, (W, R) -> {column: (W,)} in percent: overall, Acc+, groups and their macro."""
     import numpy as np
-
     there = ~np.isnan(values).any(0)
-    mean, sets, out = np.where(there, values.mean(0), 0.0), defaultdict(list), {}
+    mean, sets, out, published = np.where(there, values.mean(0), 0.0), defaultdict(list), {}, PUBLISHED.get(rows[0]["bench"], {})
     with np.errstate(invalid="ignore", divide="ignore"):
         share = lambda chosen: 100 * (weights @ (mean * chosen)) / (weights @ chosen.astype(float))
         out["overall"] = share(there)
         for i, row in enumerate(rows):
             sets[row["set"]].append(i)
         if len(sets) < len(rows):  # a set is right if all its rows are; its rows have the same weight
-            whole, heads = np.array([values[:, its].prod(1).mean() for its in sets.values()]), [its[0] for its in sets.values()]
-            out["Acc+"] = 100 * weights[:, heads] @ np.nan_to_num(whole) / (weights[:, heads] @ ~np.isnan(whole))
-        for grouping, groups in groups_of(rows).items():
-            parts = {g: share(there & np.array([row["groups"][grouping] == g for row in rows])) for g in groups}
-            columns = PUBLISHED.get(rows[0]["bench"], {}).get(grouping, parts)  # toxicity is in none
-            counted = [p for g, p in parts.items() if g in columns and not np.isnan(p[0])]
+            right, heads = np.array([values[:, its].prod(1).mean() for its in sets.values()]), [its[0] for its in sets.values()]
+            out["Acc+"] = 100 * weights[:, heads] @ np.nan_to_num(right) / (weights[:, heads] @ ~np.isnan(right))
+        for grouping in rows[0]["groups"]:
+            of = np.array([row["groups"][grouping] for row in rows])
+            parts = {g: share(there & (of == g)) for g in dict.fromkeys([*published.get(grouping, ()), *sorted(set(of.tolist()))])}
+            counted = [p for g, p in parts.items() if g in published.get(grouping, parts) and not np.isnan(p[0])]  # toxicity is in none
             out[f"{grouping}: macro"] = np.mean(counted, 0) if counted else np.full(len(weights), np.nan)
             out |= {f"{grouping}: {g}": p for g, p in parts.items()}
     return out
@@ -795,7 +748,6 @@ def scored(values, rows, weights):
 def resamples(rows, times=1000, seed=0):
     """(1 + times, R) weights: first the rows as they are, then as many sets of rows drawn with putting back."""
     import numpy as np
-
     number = {}
     index = [number.setdefault(row["set"], len(number)) for row in rows]
     drawn = np.random.default_rng(seed).multinomial(len(number), [1 / len(number)] * len(number), times)
@@ -809,85 +761,69 @@ def interval(values):
     return [round(float(v), 3) for v in found] or [None] * 3
 
 
-def doubts(text):
-    """Does the reasoning go back on itself (C.6)? By telltale words: a hint where to look, no measurement."""
-    said = text.lower()
-    return any(words in said for words in (
-        "wait,", "wait.", "wait:", "wait!", "re-read", "reread", "re-check", "recheck", "re-exam", "reexam", "re-eval", "reconsider",
-        "recalculat", "second thought", "look again", "made a mistake", "correct myself"))
-
-
 def about(tally, args):
     """What stands below a table: {name: number}, shares in percent."""
     import numpy as np
-
     share = lambda flags: round(100 * float(np.mean(flags)), 2) if len(flags) else None
     with np.errstate(invalid="ignore"):
-        a, b = (tally.counts[:, place, 0] / tally.counts[:, place, :2].sum(-1) for place in (0, 1))  # right, of the verdicts
+        a, b = (tally.counts[:, :, 0] / tally.counts[:, :, :2].sum(-1)).T  # right, of the verdicts, in either place
     flips = (a * (1 - b) + b * (1 - a))[~np.isnan(a + b)]
     out = {"rows": len(tally.rows), "rows left out, not judged to the end": tally.missing, "judgements": len(tally.used),
            "says 1": share([j["choice"] == 1 for j in tally.used if j["choice"]]), "flips with the order": share(flips),
-           "no verdict": share([j["choice"] is None for j in tally.used]),
-           "truncated": share([j["finish"] == "length" for j in tally.used]),
-           "doubts itself": share([doubts(j["text"]) for j in tally.used]),
+           "no verdict": share(tally.kind == 2), "truncated": share([j["finish"] == "length" for j in tally.used]),
+           "doubts itself": share([bool(DOUBTS.search(j["text"])) for j in tally.used]),
            "tokens a judgement": round(float(np.mean([j["tokens"] for j in tally.used])), 1),
            "verdicts without log-probability": sum(bool(j["choice"]) and j["logp1"] is None and j["logp2"] is None for j in tally.used)}
     cost = [(samples, tokens) for _, samples, tokens in tally.online]
     if not args.early_stop and tally.n > 2:
-        out["tied votes"] = share(tally.line(lambda c, ks: vote(c, ks)[1], shares(tally.orders, tally.n)).mean(0))
+        out["tied votes"] = share(tally.chances(tally.n)[..., 1].mean(0))
         out["tokens of all samples"] = round(float(tally.tokens.sum() / len(tally.rows)), 1)
-        for counts, tokens in zip(tally.counts, tally.tokens):
-            counts, tokens = counts[counts.sum(1) > 0], tokens[counts.sum(1) > 0]
-            used = np.mean([early_stop(tuple(map(tuple, counts.tolist())), start)[1] for start in range(tally.orders)], 0)
-            cost.append((used.sum(), (used * tokens / np.maximum(counts, 1)).sum()))  # samples of a kind are alike: their mean length
+        lengths, there = tally.tokens / np.maximum(tally.counts, 1), tally.counts.any(2)  # samples of a kind are alike: their mean length
+        for i, counts in enumerate(tally.sides):
+            used = np.mean([early_stop(counts, start)[1] for start in range(tally.orders)], 0)
+            cost.append((used.sum(), (used * lengths[i, there[i]]).sum()))
     if cost:
         out |= dict(zip(("early stopping: samples", "early stopping: tokens"), (round(float(v), 3) for v in np.mean(cost, 0))))
-    return out | ({"calibration T, of either half": [round(t, 3) for t in tally.T]} if hasattr(tally, "T") else {})
+    return out | ({"calibration T, of either half": [round(t, 3) for t in tally.T]} if tally.T else {})
 
 
 def evaluate(bench, rows, done, args):
-    """Every number of one benchmark, and its lines as {name: {row: (V,)}}."""
+    """Every number of one benchmark, and what compare() takes: (its rows, its lines)."""
     tally = Tally(rows, done, args)
     result = {"check": check_data(bench, rows), "about": {"rows": 0, "rows left out, not judged to the end": tally.missing},
               "groups": {g: dict(Counter(row["groups"][g] for row in tally.rows)) for g in rows[0]["groups"]},
               "lines": {}, "scaling": {}}
     if not tally.rows:
-        return result, {}
+        return result, ([], {})
     weights, values = resamples(tally.rows), lines(tally, args)
     result["lines"] = {name: {c: interval(v) for c, v in scored(line, tally.rows, weights).items()} for name, line in values.items()}
     result["about"] = about(tally, args)
     for k in range(1, tally.n + 1) if tally.n > 2 else ():
-        result["scaling"][k] = {"any of a coin": 100 * (1 - 0.5**k)}
-        for name, f in (("vote", lambda c, ks: vote(c, ks)[0]), ("any", any_right)):
-            line = tally.line(f, shares(tally.orders, k))
-            result["scaling"][k][name] = interval(scored(line, tally.rows, weights)["overall"])
-    return result, {name: dict(zip(map(key_of, tally.rows), line.T)) for name, line in values.items()}
+        overall = lambda line: interval(scored(line, tally.rows, weights)["overall"])
+        at = tally.chances(k)
+        result["scaling"][k] = {"any of a coin": 100 * (1 - 0.5**k), "vote": overall(at[..., 0]), "any": overall(at[..., 2])}
+    return result, (tally.rows, values)
 
 
-def key_of(row):
-    """What makes a row of two runs the same."""
-    return row["row"], row["id"], row["question"], *row["responses"], row["choice"]
-
-
-def compare(rows, mine, other):
+def compare(mine, other):
     """Paired bootstrap on the rows that both runs have: {line: {"rows": n, column: [mine - other in points, low, high, p]}}."""
-    import numpy as np
-
-    out = {}
-    for name in [name for name in mine if name in other and name not in TRIVIAL]:
-        shared = [row for row in rows if key_of(row) in mine[name] and key_of(row) in other[name]]
-        if shared:
-            weights = resamples(shared)
-            a, b = (scored(np.array([run[name][key_of(row)] for row in shared]).T, shared, weights) for run in (mine, other))
-            p = lambda d: max(0.001, min(1.0, 2 * float(min((d <= 0).mean(), (d >= 0).mean()))))  # two-sided
-            out[name] = {"rows": len(shared)} | {c: [*interval(a[c] - b[c]), p(a[c][1:] - b[c][1:])] for c in a}
+    key = lambda row: (row["row"], row["id"], row["question"], *row["responses"], row["choice"])  # what makes a row of two runs the same
+    theirs = {key(row): i for i, row in enumerate(other[0])}
+    both = [(i, theirs[key(row)]) for i, row in enumerate(mine[0]) if key(row) in theirs]
+    if not both:
+        return {}
+    rows, out = [mine[0][i] for i, _ in both], {}
+    weights = resamples(rows)
+    p = lambda d: max(0.001, min(1.0, 2 * float(min((d <= 0).mean(), (d >= 0).mean()))))  # two-sided
+    for name in [name for name in mine[1] if name in other[1] and name not in TRIVIAL]:
+        a, b = (scored(run[1][name][:, list(at)], rows, weights) for run, at in zip((mine, other), zip(*both)))
+        out[name] = {"rows": len(rows)} | {c: [*interval(a[c] - b[c]), p(a[c][1:] - b[c][1:])] for c in a}
     return out
 
 
 # ---------------------------------------------------------------------------------------------------
-# The table, the figure, the page
+# Output: the table, the figure, the pages
 
-TRIVIAL = ("always 1", "longer answer", "shorter answer", "coin")
 FIRST, OWN = "better answer always first", "benchmark's protocol"
 PAPER = {  # bench: (columns, {(line, protocol): percent in the order of the columns}); R1-Reward and the best of the others
     "VL-RewardBench": (("overall", "paper: macro", "paper: general", "paper: hallucination", "paper: reasoning",
@@ -907,7 +843,9 @@ PAPER = {  # bench: (columns, {(line, protocol): percent in the order of the col
 
 def table(results):
     """results.json -> Markdown."""
-    args, out = results["args"], [f"# {results['args']['scores'] or results['args']['model']}", ""]
+    args = results["args"]
+    out = [f"# {args['scores'] or args['model']}", ""]
+    cell = lambda c, v: "" if v[0] is None else f"{v[0]:.2f}" + (f" [{v[1]:.2f}, {v[2]:.2f}]" if c in ("overall", "Acc+") else "")
     for bench, r in results["benches"].items():
         made = f"{args['samples']} judgements a row at temperature {args['temperature']:g}"
         out += [f"## {bench}: {r['about']['rows']} rows, {made}, orders: {args['orders']}", ""]
@@ -919,18 +857,18 @@ def table(results):
             continue
         columns = list(next(iter(r["lines"].values())))
         count = {f"{grouping}: {g}": f" ({n})" for grouping, groups in r["groups"].items() for g, n in groups.items()}
-        out += ["| | " + " | ".join(c + count.get(c, "") for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
-        cell = lambda c, v: "" if v[0] is None else f"{v[0]:.2f}" + (f" [{v[1]:.2f}, {v[2]:.2f}]" if c in ("overall", "Acc+") else "")
-        out += [f"| {name} | " + " | ".join(cell(c, line[c]) for c in columns) + " |" for name, line in r["lines"].items()]
+        body = [[name, *(cell(c, values[c]) for c in columns)] for name, values in r["lines"].items()]
         names, published = PAPER.get(bench, ((), {}))
         for (name, protocol), numbers in published.items():
             there = {c: f"{v:.2f}" for c, v in zip(names, numbers) if v is not None}
-            out.append(f"| *{name} (in the paper; {protocol})* | " + " | ".join(there.get(c, "") for c in columns) + " |")
-        about = "; ".join(f"{k}: {v}" for k, v in r["about"].items() if v is not None)
-        out += ["", f"Percent, with 95 % intervals over rows. {about}.", "", *(f"- {note}" for note in r["check"])]
+            body.append([f"*{name} (in the paper; {protocol})*", *(there.get(c, "") for c in columns)])
+        below = "; ".join(f"{k}: {v}" for k, v in r["about"].items() if v is not None)
+        out += [markdown(["", *(c + count.get(c, "") for c in columns)], body) + f"Percent, with 95 % intervals over rows. {below}.", ""]
+        out += [f"- {note}" for note in r["check"]]
         for name, d in r.get("compared", {}).items():
             change, low, high, p = d["overall"]
-            out.append(f"- {name}, against {args['compare']}: {change:+.2f} points [{low:+.2f}, {high:+.2f}], p = {p:.3g}, on {d['rows']} rows")
+            gain = f"{change:+.2f} points [{low:+.2f}, {high:+.2f}], p = {p:.3g}"
+            out.append(f"- {name}, against {args['compare']}: {gain}, on {d['rows']} rows")
         out.append("")
     return "\n".join(out)
 
@@ -940,7 +878,6 @@ def figure(results, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-
     panels = {bench: r["scaling"] for bench, r in results["benches"].items() if r["scaling"]}
     if not panels:
         return
@@ -958,22 +895,6 @@ def figure(results, path):
     plt.close(fig)
 
 
-def shown(row, side=448):
-    """A row's pictures as a page holds them: reduced, and inside the page."""
-    from PIL import Image
-
-    urls = []
-    for path in row["images"] + (row["video"] or []):
-        if os.path.isfile(path):  # the data may be gone from a run that is scored again
-            data = io.BytesIO()
-            with Image.open(path) as image:
-                image = image.convert("RGB")
-                image.thumbnail((side, side))
-                image.save(data, kind := "JPEG" if image.width > 128 else "PNG")
-            urls.append(f"data:image/{kind.lower()};base64,{base64.b64encode(data.getvalue()).decode()}")
-    return urls
-
-
 def page(path, title, items, blind):
     """One HTML file that needs no network: evaluate.html with the items in it. blind: the page of the vote."""
     text = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
@@ -982,16 +903,20 @@ def page(path, title, items, blind):
     Path(path).write_text(text, encoding="utf-8")
 
 
+def shown(row):
+    """A row's pictures as a page holds them: reduced, and inside the page. They may be gone from a run that is scored again."""
+    return [data_url(path, 400 * 400, quality=75) for path in row["images"] + (row["video"] or []) if os.path.isfile(path)]
+
+
 def page_items(benches, done, limit):
     """The first rows of each benchmark that have judgements, as page.html shows them."""
     judged, items = defaultdict(list), []
     for at in sorted(done):
-        judged[at[:2]].append(done[at])
-    for bench, rows in benches.items():
-        for row in [row for row in rows if judged[bench, row["row"]]][:limit]:
+        judged[at[:2]].append(done[at] | {"again": bool(DOUBTS.search(done[at]["text"]))})
+    for rows in benches.values():
+        for row in [row for row in rows if address(row) in judged][:limit]:
             items.append({k: row[k] for k in ("bench", "row", "id", "question", "responses", "choice")} | {
-                "group": " / ".join(row["groups"].values()), "images": shown(row),
-                "judgements": [j | {"again": doubts(j["text"])} for j in judged[bench, row["row"]]]})
+                "group": " / ".join(row["groups"].values()), "images": shown(row), "judgements": judged[address(row)]})
     return items
 
 
@@ -999,7 +924,7 @@ def blind_vote(benches, done, other, args):
     """C.7: ab.html has the reasonings of two runs side by side without verdicts, sides drawn at random; ab_key.json says which is ours."""
     rng, items, key = random.Random(f"{args.seed} vote"), [], []
     reasoning = lambda j: parse(j["text"]).think or j["text"].split("<answer>")[0]
-    rows = {(row["bench"], row["row"]): row for its in benches.values() for row in its}
+    rows = {address(row): row for its in benches.values() for row in its}
     shared = [at for at in sorted(done.keys() & other.keys()) if at[:2] in rows]
     rng.shuffle(shared)
     for number, at in enumerate(list({at[:2]: at for at in shared}.values())[:args.page]):  # one judgement a row
@@ -1032,54 +957,7 @@ def tally_votes(key, files):
 
 
 # ---------------------------------------------------------------------------------------------------
-# In Python
-
-Judged = namedtuple("Judged", "choice probability votes reasoning")
-
-
-class Judge:
-    """
-    judge = Judge("out/rl"), or Judge("NAME", base_url="http://..."); samples a pair, half of them in each order; other flags by name.
-
-    judge(question, images, answer1, answer2) -> choice (1, 2 or None), probability (its share of the votes), votes (for 1, for 2,
-    none), reasoning (of a sample that chose so). judge.rank(question, images, answers) -> [(index, share of duels won), ...].
-    """
-
-    def __init__(self, model, samples=2, **flags):
-        words = [word for k, v in flags.items() for word in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
-        self.args = check_args(parser().parse_args(["--model", str(model), "--samples", str(samples), "--out", os.devnull, *words]))
-        self.answers = backend(self.args)
-
-    def judgements(self, question, images, pairs):
-        """[[judgement, ...], ...]: those of each pair of answers, all asked for at once."""
-        rows = [{"bench": "", "row": i, "id": str(i), "question": question, "images": list(map(str, images)), "video": None,
-                 "responses": list(pair), "choice": 1} for i, pair in enumerate(pairs)]
-        done = {}
-        collect(rows, self.answers, done, self.args)
-        return [[done[at] for at in sorted(done) if at[1] == row["row"]] for row in rows]
-
-    def __call__(self, question, images, answer1, answer2):
-        said = self.judgements(question, images, [(answer1, answer2)])[0]  # those in the order as asked come first
-        found = [j["choice"] and (3 - j["choice"] if j["order"] else j["choice"]) for j in said]
-        lean = found.count(1) - found.count(2) or sum(  # in a tie, whoever is surer
-            (1 - 2 * j["order"]) * (j["logp1"] - j["logp2"]) for j in said if None not in (j["choice"], j["logp1"], j["logp2"]))
-        choice = None if lean == 0 else 1 if lean > 0 else 2
-        reasoning = next((j["text"] for j, p in zip(said, found) if p and p == choice), "")
-        votes = tuple(map(found.count, (1, 2, None)))
-        return Judged(choice, votes[choice - 1] / len(found) if choice else 0.0, votes, reasoning)
-
-    def rank(self, question, images, answers):
-        """Every answer against every other one, in both orders; no verdict is half a point for either."""
-        duels = [(i, j) for i in range(len(answers)) for j in range(i)]
-        won = Counter({i: 0.0 for i in range(len(answers))})
-        for (i, j), said in zip(duels, self.judgements(question, images, [(answers[i], answers[j]) for i, j in duels])):
-            share = sum(0.5 if s["choice"] is None else (s["choice"] == 1) != s["order"] for s in said) / len(said)
-            won[i] += share / (len(answers) - 1)
-            won[j] += (1 - share) / (len(answers) - 1)
-        return won.most_common()
-
-
-# ---------------------------------------------------------------------------------------------------
+# Flags, and the run
 
 
 def bench_file(text):
@@ -1092,36 +970,35 @@ def bench_file(text):
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@")
     p.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)  # a file of flags: several on a line, # begins a comment
-    g = p.add_argument_group("data")
-    g.add_argument("--bench", nargs="+", type=bench_file, default=[], metavar="NAME=PATH",
-                   help=f"files or folders as their authors give them; {', '.join(BENCHMARKS)}, pairs; none = those of the run in --out")
-    g.add_argument("--limit", type=at_least(1), help="the first so many rows of each benchmark; none = all")
-    g.add_argument("--group", default="source", help="the field of a file of pairs whose values are the columns of its table")
-    g = p.add_argument_group("model")
-    g.add_argument("--model", default="out/rl", help="folder or name on the hub, of a judge or with a reward head of sft.py; a server's name")
-    g.add_argument("--base_url", help="an OpenAI-compatible server; none = vLLM in this process")
-    g.add_argument("--scores", metavar="FILE", help="rewards made elsewhere instead: JSON lines of bench, row, scores of both responses")
-    g.add_argument("--concurrency", type=at_least(1), default=32, help="requests to a server at a time")
-    g = p.add_argument_group("judgements")
-    g.add_argument("--orders", choices=("both", "dataset", "chosen_first"), help="half of the samples in each order (default), "
-                   "or all as the file lists the answers, or all with the better answer first (the released protocol)")
-    g.add_argument("--samples", type=at_least(1), help="samples a row, over both orders together; default 16; 15 and 16 in the paper")
-    g.add_argument("--temperature", type=at_least(0, float), default=1.0,
-                   help="1 in C.5; 0 = greedy, as the paper's main results: one sample an order")
-    g.add_argument("--max_new_tokens", type=at_least(1), default=4096, help="of a judgement; longer ones are truncated, which is counted")
-    g.add_argument("--max_pixels", type=at_least(1), help="of an image; larger ones are reduced; none = the model's own bound")
-    g.add_argument("--early_stop", action="store_true", help="a row ends after three equal answers in a row, at most --samples (C.10)")
-    g.add_argument("--seed", type=int, default=0, help="of the samples, each row, order and sample having its own, and of the vote's page")
-    g = p.add_argument_group("output")
-    g.add_argument("--out", required=True, help="folder; a run that was killed goes on from what stands there")
-    g.add_argument("--score_only", action="store_true", help="no model: the numbers of what stands in --out")
-    g.add_argument("--compare", metavar="OUT", help="another run's folder: differences with intervals and p, by paired bootstrap")
-    g.add_argument("--page", type=at_least(0), default=200, help="rows of each benchmark on page.html, and of the vote in all; 0 = no page")
-    g.add_argument("--ab", metavar="OUT", help="another run's folder: write ab.html, on which people vote between the two, blind")
-    g.add_argument("--tally", nargs="+", metavar="VOTES", help="files saved from ab.html: print Table 9")
-    g = p.add_argument_group("system")
-    g.add_argument("--max_model_len", type=at_least(1), default=16384, help="tokens of prompt and judgement together, for vLLM")
-    g.add_argument("--tensor_parallel", type=at_least(1), default=1, help="GPUs that share one copy of the model")
+    add = p.add_argument_group("data").add_argument
+    add("--bench", nargs="+", type=bench_file, default=[], metavar="NAME=PATH",
+        help=f"files or folders as their authors give them; {', '.join(BENCHMARKS)}, pairs; none = those of the run in --out")
+    add("--limit", type=at_least(1), help="the first so many rows of each benchmark; none = all")
+    add("--group", default="source", help="the field of a file of pairs whose values are the columns of its table")
+    add = p.add_argument_group("model").add_argument
+    add("--model", default="out/rl", help="folder or name on the hub, of a judge or with a reward head of sft.py; a server's name")
+    add("--base_url", help="an OpenAI-compatible server; none = vLLM in this process")
+    add("--scores", metavar="FILE", help="rewards made elsewhere instead: JSON lines of bench, row, scores of both responses")
+    add("--concurrency", type=at_least(1), default=32, help="requests to a server at a time")
+    add = p.add_argument_group("judgements").add_argument
+    add("--orders", choices=("both", "dataset", "chosen_first"), help="half of the samples in each order (default), or all as the file "
+        "lists the answers, or all with the better answer first (the released protocol)")
+    add("--samples", type=at_least(1), help="samples a row, over both orders together; default 16; 15 and 16 in the paper")
+    add("--temperature", type=at_least(0, float), default=1.0, help="1 in C.5; 0 = greedy, the paper's main results: one sample an order")
+    add("--max_new_tokens", type=at_least(1), default=4096, help="of a judgement; longer ones are truncated, which is counted")
+    add("--max_pixels", type=at_least(1), help="of an image; larger ones are reduced; none = the model's own bound")
+    add("--early_stop", action="store_true", help="a row ends after three equal answers in a row, at most --samples (C.10)")
+    add("--seed", type=int, default=0, help="of the samples, each row, order and sample having its own, and of the vote's page")
+    add = p.add_argument_group("output").add_argument
+    add("--out", required=True, help="folder; a run that was killed goes on from what stands there")
+    add("--score_only", action="store_true", help="no model: the numbers of what stands in --out")
+    add("--compare", metavar="OUT", help="another run's folder: differences with intervals and p, by paired bootstrap")
+    add("--page", type=at_least(0), default=200, help="rows of each benchmark on page.html, and of the vote in all; 0 = no page")
+    add("--ab", metavar="OUT", help="another run's folder: write ab.html, on which people vote between the two, blind")
+    add("--tally", nargs="+", metavar="VOTES", help="files saved from ab.html: print Table 9")
+    add = p.add_argument_group("system").add_argument
+    add("--context", type=at_least(1), default=16384, help="tokens of prompt and judgement together, for vLLM")
+    add("--tensor_parallel", type=at_least(1), default=1, help="GPUs that share one copy of the model")
     return p
 
 
@@ -1144,24 +1021,17 @@ def check_args(args):
     return args
 
 
-def ranks():
-    """(rank, world, wait until every rank is here) under torchrun or alone. Ranks meet once, at the end, in torchrun's own store."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        return 0, 1, lambda: None
+def meet(rank, world):
+    """Waits until every rank is here. In torchrun's own store, since ranks may be hours apart, which no process group bears."""
     from datetime import timedelta
     from torch.distributed import TCPStore
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-
-    def meet():
-        store.set(f"evaluated/{rank}", "yes")
-        store.wait([f"evaluated/{r}" for r in range(world)], timedelta(days=30))
-    return rank, world, meet
+    store.set(f"evaluated/{rank}", "yes")
+    store.wait([f"evaluated/{r}" for r in range(world)], timedelta(days=30))
 
 
 def run(args):
-    rank, world, meet = ranks()
-    out = Path(args.out)
+    rank, world, out = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
 
     # 1. rows, and what has been judged before
@@ -1175,7 +1045,8 @@ def run(args):
         if any(due(row, done, args) for row in mine):
             journal = Journal(out, rank)  # before the model: a folder in use is told at once
             collect(mine, backend(args), done, args, journal.write)
-        meet()
+        if world > 1:
+            meet(rank, world)
         if rank > 0:
             return
         done = read_judgements(out)
@@ -1191,7 +1062,7 @@ def run(args):
         for bench, rows in read_rows(theirs).items():
             if bench in benches:
                 _, other = evaluate(bench, rows, read_judgements(args.compare), theirs)
-                results["benches"][bench]["compared"] = compare(benches[bench], values[bench], other)
+                results["benches"][bench]["compared"] = compare(values[bench], other)
 
     # 4. results.json, table.md, scaling.png, page.html, ab.html
     (out / "results.json").write_text(json.dumps(results, indent=1))

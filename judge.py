@@ -75,14 +75,15 @@ class JudgeDead(RuntimeError):
     """No reply came for --judge_patience seconds."""
 
 
-class Judge:
+class ConsistencyJudge:
     """submit(texts) -> a future of [1 | 0 | None]. Calls run in a thread of their own, so that the trainer computes meanwhile."""
 
     @staticmethod
     def add_flags(group):
         add = group.add_argument
-        add("--judge", choices=["model", "rule", "random", "none"], default="model", help="who judges consistency; all but model are for C.11")
-        add("--judge_url", default="http://127.0.0.1:8000/v1", 
+        add("--judge", choices=["model", "rule", "random", "none"], default="model",
+            help="who judges consistency; all but model are for C.11")
+        add("--judge_url", default="http://127.0.0.1:8000/v1",
             help="OpenAI-compatible endpoint of the judge; its key, where one is needed, in OPENAI_API_KEY")
         add("--judge_model", default="Qwen/Qwen2.5-VL-7B-Instruct", help="its name there (the paper's)")
         add("--judge_noise", type=float, default=0.0, help="share of its answers that are flipped (C.11)")
@@ -184,10 +185,10 @@ def read_texts(path):
 
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@")
-    p.add_argument("--data", required=True, help='JSONL with a "text" a row, a whole judgement, and perhaps "label": 1 = consistent, 0 = not')
+    p.add_argument("--data", required=True, help='JSONL: "text" is a whole judgement; perhaps "label", 1 = consistent, 0 = not')
     p.add_argument("--out", help='JSONL to write: the rows with "consistency" added, 1, 0 or null; none = only the summary')
     p.add_argument("--seed", type=int, default=0, help="of --judge random and --judge_noise")
-    Judge.add_flags(p.add_argument_group("judge"))
+    ConsistencyJudge.add_flags(p.add_argument_group("judge"))
     return p
 
 
@@ -196,7 +197,7 @@ def main():
     args = p.parse_args()
     try:
         rows = read_texts(args.data)
-        judge = Judge(args, args.seed)
+        judge = ConsistencyJudge(args, args.seed)
         start = time.time()
         says = judge.consistency([row["text"] for row in rows])
     except (ValueError, OSError, JudgeDead) as problem:

@@ -45,13 +45,13 @@ from pathlib import Path
 import torch
 
 from annotate import Unusable, messages, read_pairs, swap
-from judge import Judge, JudgeDead
-from sft import (Log, collate, encode, gathered, header, load_checkpoint, load_policy, make_engine, micro_batches, read_media, reduced,
-                 save_checkpoint, save_policy, setup, token_logps, update)
+from judge import ConsistencyJudge, JudgeDead
+from sft import (HF, Log, barred, collate, encode, gathered, header, load_checkpoint, load_policy, make_engine, micro_batches, read_media,
+                 reduced, save_checkpoint, save_policy, setup, token_logps, update)
 from stable_reinforce import ALGORITHMS, KL, advantages, final_reward, format_reward, parse, result_reward, returns_to_go
 
 # ---------------------------------------------------------------------------------------------------
-# The rollout engines. generate(prompts, ...) -> [[sample, ...] a prompt]; a sample is {"ids", "logps", "finish"}.
+# The rollout engine. generate(prompts, ...) -> [[sample, ...] a prompt]; a sample is {"ids", "logps"}. The other engine is sft.HF.
 
 
 def seed_of(*what):
@@ -59,17 +59,10 @@ def seed_of(*what):
     return int.from_bytes(hashlib.sha256(repr(what).encode()).digest()[:4], "big") >> 1
 
 
-def barred(processor, vocabulary):
-    """Ids that must not be sampled: markers of images and videos (the trainer would look for pictures there), padding of the vocabulary."""
-    tokenizer = processor.tokenizer
-    special = {i for token, i in tokenizer.get_vocab().items() if token.startswith("<|") and ("vision" in token or "_pad" in token)}
-    return sorted(special | set(range(len(tokenizer), vocabulary)))
-
-
 class VLLM:
     """One vLLM engine inside this rank's process, awake only while it generates where the device is a GPU."""
 
-    def __init__(self, folder, processor, device, seed=0, tp=1, max_len=4096, memory=0.5):
+    def __init__(self, folder, processor, device, seed=0, tp=1, max_len=4096, memory=0.4):
         self.gpu = device.type == "cuda"
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if self.gpu else "ERROR")
@@ -85,8 +78,8 @@ class VLLM:
         self.bias = {i: -100.0 for i in barred(processor, self.llm.llm_engine.model_config.get_vocab_size())}
         self.eos = processor.tokenizer.eos_token_id
 
-    def generate(self, prompts, seeds, n=1, temperature=1.0, max_tokens=1024):
-        """prompts: rows of encode() with their media. Exactly the policy: no top-p, no top-k, no penalty."""
+    def generate(self, prompts, seeds, n=1, temperature=1.0, max_tokens=1024, logps=False):
+        """prompts: rows of encode() with their media. Exactly the policy: no top-p, no top-k, no penalty. logps take a tenth longer."""
         from vllm import SamplingParams
 
         asked = []
@@ -100,15 +93,15 @@ class VLLM:
                 media["video"] = [(f, dict(about, do_sample_frames=False)) for f, about in zip(frames, metadata)]
             pictures = {"multi_modal_data": media, "mm_processor_kwargs": {"do_resize": False}} if media else {}
             asked.append({"prompt_token_ids": ids, **pictures})
-        common = dict(n=n, temperature=temperature, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0, max_tokens=max_tokens, logprobs=0,
-                      detokenize=False, logit_bias=self.bias, stop_token_ids=[self.eos])
+        common = dict(n=n, temperature=temperature, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0, max_tokens=max_tokens,
+                      logprobs=0 if logps else None, detokenize=False, logit_bias=self.bias, stop_token_ids=[self.eos])
         outputs = self.llm.generate(asked, [SamplingParams(seed=s, **common) for s in seeds], use_tqdm=False)
         for row, out in zip(prompts, outputs):
             if list(out.prompt_token_ids) != row["prompt"]:
-                raise RuntimeError(f"vLLM read a prompt of {len(out.prompt_token_ids)} tokens where the processor makes {len(row['prompt'])}: "
-                                   "the two see different pictures (sizes, number of images) or different templates")
-        return [[{"ids": list(o.token_ids), "logps": [next(iter(step.values())).logprob for step in o.logprobs], "finish": o.finish_reason}
-                 for o in out.outputs] for out in outputs]
+                raise RuntimeError(f"vLLM read a prompt of {len(out.prompt_token_ids)} tokens where the processor makes "
+                                   f"{len(row['prompt'])}: the two see different pictures (sizes, number of images) or different templates")
+        sampled = lambda o: [next(iter(step.values())).logprob for step in o.logprobs] if logps else None
+        return [[{"ids": list(o.token_ids), "logps": sampled(o)} for o in out.outputs] for out in outputs]
 
     def weights(self, policy):
         """(name, tensor) of every parameter, the tied ones twice: without lm_head the sync would succeed and be wrong."""
@@ -136,37 +129,6 @@ class VLLM:
             self.llm.sleep(level=2)
 
 
-class HF:
-    """The slow second engine: transformers' generate on the trainer's own weights. Needs no vLLM, and no sync."""
-
-    def __init__(self, policy, processor, device):
-        self.policy, self.pad, self.eos, self.device = policy, processor.tokenizer.pad_token_id, processor.tokenizer.eos_token_id, device
-        self.barred = barred(processor, policy.model.config.get_text_config().vocab_size)
-
-    @torch.no_grad()
-    def generate(self, prompts, seeds, n=1, temperature=1.0, max_tokens=1024, batch=32):
-        model, out = self.policy.model, []
-        rows = [row | {"response": []} for row in prompts for _ in range(n)]
-        recompute, model.config.use_cache = model.is_gradient_checkpointing, True
-        for i in range(0, len(rows), batch):
-            inputs = collate(rows[i:i + batch], self.pad, self.device, left=True)
-            inputs = {k: v for k, v in inputs.items() if k not in ("mask", "at", "last", "tokens")}
-            torch.manual_seed(seeds[i // n])  # a batch has one seed: samples repeat for the same batch only
-            how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
-            ids = model.generate(**inputs, max_new_tokens=max_tokens, suppress_tokens=self.barred, eos_token_id=self.eos, pad_token_id=self.pad,
-                                 repetition_penalty=1.0, **how)[:, inputs["input_ids"].shape[1]:].tolist()
-            out += [line[:line.index(self.eos) + 1] if self.eos in line else line for line in ids]
-        model.config.use_cache = not recompute
-        samples = [{"ids": ids, "logps": None, "finish": "stop" if ids[-1:] == [self.eos] else "length"} for ids in out]
-        return [samples[i * n:(i + 1) * n] for i in range(len(prompts))]
-
-    def sync(self, policy):
-        pass
-
-    def sleep(self):
-        pass
-
-
 # ---------------------------------------------------------------------------------------------------
 # 1. Rollout
 
@@ -177,10 +139,10 @@ def prompt(processor, pair, order=0):
     return encode(processor, turns) | {"media": read_media(processor, turns)}
 
 
-def rollout(engine, processor, pairs, prompts, seeds, n, temperature, max_tokens):
-    """Judgements of this rank's pairs: rows with response, text, finish, and vLLM's log-probabilities."""
+def rollout(engine, processor, pairs, prompts, seeds, n, temperature, max_tokens, logps=False):
+    """Judgements of this rank's pairs: rows with response, text, finish; with logps also vLLM's log-probabilities."""
     rows = []
-    for pair, row, samples in zip(pairs, prompts, engine.generate(prompts, seeds, n, temperature, max_tokens)):
+    for pair, row, samples in zip(pairs, prompts, engine.generate(prompts, seeds, n, temperature, max_tokens, logps)):
         for sample in samples:
             ids = sample["ids"]
             ended = ids[-1:] == [processor.tokenizer.eos_token_id]
@@ -341,13 +303,13 @@ def bound_of(device):
 
 
 def check(engine, trainer, processor, pairs, args, device, rank):
-    """The comparison alone: as loaded, after every weight was changed and synced, and after they were put back. Same pictures throughout."""
+    """The comparison alone: as loaded, after every weight was moved and synced, and moved back. The same pictures throughout."""
     policy, table = trainer.module, []
     prompts = [prompt(processor, pair) for pair in pairs]
     seeds = [seed_of("check", i) for i in range(len(pairs))]
 
     def compare(name):
-        rows = rollout(engine, processor, pairs, prompts, seeds, 1, 1.0, min(64, args.max_new_tokens))
+        rows = rollout(engine, processor, pairs, prompts, seeds, 1, 1.0, min(64, args.max_new_tokens), True)
         mean, worst = mismatch(trainer, processor, rows, device, args.micro_tokens)
         table.append((name, reduced(len(rows)), mean, worst))
 
@@ -367,7 +329,8 @@ def check(engine, trainer, processor, pairs, args, device, rank):
         compare(name)
     limit = bound_of(device)
     if rank == 0:
-        print(f"{'log-probabilities, vLLM and trainer':36s} {'judgements':>10s} {'mean gap':>10s} {'max gap':>10s}   (bound of the mean {limit:g})")
+        print(f"{'log-probabilities, vLLM and trainer':36s} {'judgements':>10s} {'mean gap':>10s} {'max gap':>10s}   "
+              f"(bound of the mean {limit:g})")
         for name, n, mean, worst in table:
             print(f"{name:36s} {n:10.0f} {mean:10.2e} {worst:10.2e}   {'ok' if mean <= limit else 'NOT THE SAME POLICY'}")
     return all(mean <= limit for _, _, mean, _ in table)
@@ -375,9 +338,10 @@ def check(engine, trainer, processor, pairs, args, device, rank):
 
 def assert_same(mean, worst, device, step):
     if not mean <= bound_of(device):
-        raise RuntimeError(f"step {step}: vLLM and the trainer are not the same policy: their log-probabilities differ by {mean:.2e} on average, "
-                           f"{worst:.2e} at most; legal: a mean of {bound_of(device):g}. Likely: weights that did not reach vLLM (tied lm_head, "
-                           "vision tower), features cached before the sync, pictures of another size, another attention kernel or precision")
+        raise RuntimeError(f"step {step}: vLLM and the trainer are not the same policy: their log-probabilities differ by {mean:.2e} "
+                           f"on average, {worst:.2e} at most; legal: a mean of {bound_of(device):g}. Likely: weights that did not reach "
+                           "vLLM (tied lm_head, vision tower), features cached before the sync, pictures of another size, another "
+                           "attention kernel or precision")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -386,10 +350,9 @@ def assert_same(mean, worst, device, step):
 
 def held_out(engine, processor, pairs, args):
     """Greedy and at temperature 1: shares over all ranks' pairs."""
-    prompts = [prompt(processor, pair) for pair in pairs]
-    out = {}
+    prompts, seeds, out = [prompt(processor, pair) for pair in pairs], [seed_of("eval", pair["id"]) for pair in pairs], {}
     for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        rows = rollout(engine, processor, pairs, prompts, [seed_of("eval", pair["id"]) for pair in pairs], 1, temperature, args.max_new_tokens)
+        rows = rollout(engine, processor, pairs, prompts, seeds, 1, temperature, args.max_new_tokens)
         right, form, ones, n = reduced([sum(result_reward(r["text"], r["pair"]["choice"]) for r in rows),
                                         sum(format_reward(r["text"]) for r in rows),
                                         sum(parse(r["text"]).choice == 1 for r in rows), len(rows)])
@@ -400,14 +363,16 @@ def held_out(engine, processor, pairs, args):
 def keep_rows(path, step):
     """Drops what a killed run had written beyond the checkpoint it resumes from."""
     if path.exists():
-        kept = [line for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n") and json.loads(line)["step"] <= step]
+        lines = path.read_text(encoding="utf-8").splitlines(True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         part = path.with_suffix(".part")
         part.write_text("".join(kept), encoding="utf-8")
         os.replace(part, path)
 
 
-PANELS = {"rewards": ["result", "consistency", "format"], "held-out accuracy": ["eval_greedy", "eval_sampled"], "length, tokens": ["length", "length_max"],
-          "loss": ["loss"], "entropy": ["entropy"], "largest |log ratio| before pre-clip": ["log_ratio_max"],
+PANELS = {"rewards": ["result", "consistency", "format"], "held-out accuracy": ["eval_greedy", "eval_sampled"],
+          "length, tokens": ["length", "length_max"], "loss": ["loss"], "entropy": ["entropy"],
+          "largest |log ratio| before pre-clip": ["log_ratio_max"],
           "share of tokens": ["preclipped", "clipped_low", "clipped_high"], "share of judgements": ["filtered", "truncated"]}
 
 
@@ -441,8 +406,8 @@ def shown_pairs(pairs, step, args):
 
 
 # flags that may change between a run and its continuation
-FREE = {"out", "steps", "passes", "eval_data", "eval_n", "eval_every", "save_every", "save_best", "tracker", "check", "check_every", "micro_tokens",
-        "memory", "attn", "recompute", "judge_url", "judge_concurrency", "judge_timeout", "judge_retries", "judge_patience"}
+FREE = {"out", "steps", "passes", "eval_data", "eval_n", "eval_every", "save_every", "save_best", "tracker", "check", "check_every",
+        "micro_tokens", "memory", "attn", "recompute", "judge_url", "judge_concurrency", "judge_timeout", "judge_retries", "judge_patience"}
 
 
 @functools.lru_cache(2)
@@ -457,12 +422,14 @@ def validate(args, world):
     if samples % args.train_batch:
         raise Unusable(f"--train_batch is {args.train_batch}; legal: a divisor of --rollout_batch * --samples = {samples}")
     if world % args.tensor_parallel or args.rollout_batch % share:
-        raise Unusable(f"--rollout_batch is {args.rollout_batch}, --tensor_parallel {args.tensor_parallel} on {world} ranks; legal: tp divides the ranks, "
-                         f"and ranks / tp{' * 2 orders' if args.both_orders else ''} divides the batch")
+        raise Unusable(f"--rollout_batch is {args.rollout_batch}, --tensor_parallel {args.tensor_parallel} on {world} ranks; legal: tp "
+                       f"divides the ranks, and ranks / tp{' * 2 orders' if args.both_orders else ''} divides the batch")
     if args.clip and args.clip <= 1 or args.sigma < 0:
         raise Unusable(f"--clip is {args.clip}, --sigma {args.sigma}; legal: clip above 1, sigma above 0, each 0 for off")
     if args.engine == "hf" and (args.tis or args.old_logps == "vllm" or args.check):
         raise Unusable("--tis, --old_logps vllm and --check compare with vLLM's log-probabilities; legal: with --engine vllm")
+    if args.engine == "hf" and args.zero == 3:
+        raise Unusable("--zero is 3 with --engine hf, which would gather all weights anew for each token; legal: --zero 0, 1 or 2")
     if samples == args.train_batch and args.epochs == 1 and args.algo == "stable_reinforce":
         print("note: one update a rollout: every ratio is 1, so neither the pre-clip nor PPO's clip can act", file=sys.stderr)
 
@@ -483,12 +450,13 @@ def loop_flags(p):
     add("--engine", choices=["vllm", "hf"], default="vllm", help="who samples; hf is slow and needs no vLLM")
     add("--rollout_batch", type=int, default=256, help="pairs (in stage 5 tasks) a step, over all ranks (256 in the paper)")
     add("--samples", type=int, default=1, help="judgements a pair, answers a task (1 and 8 in the paper; the group algorithms need more)")
-    add("--max_new_tokens", type=int, default=1024, help="longest sample, tokens; a judgement cut off fails in format, an answer loses (ours)")
+    add("--max_new_tokens", type=int, default=1024, help="longest sample, tokens; a judgement cut off fails in format (ours)")
     add("--context", type=int, default=4096, help="longest prompt and judgement together, tokens (ours)")
     add("--tensor_parallel", type=int, default=1, help="tensor parallel size of vLLM: that many ranks share one engine")
-    add("--memory", type=float, default=0.5, help="share of a GPU's memory for vLLM while it is awake")
+    add("--memory", type=float, default=0.4, help="share of a GPU's memory for vLLM while it is awake (README.md has the sum)")
     add = p.add_argument_group("StableReinforce").add_argument
-    add("--algo", choices=list(ALGORITHMS), default="stable_reinforce", help="the neighbours of appendix B bring their own statistics and loss")
+    add("--algo", choices=list(ALGORITHMS), default="stable_reinforce",
+        help="the neighbours of appendix B bring their own statistics and loss")
     add("--clip", type=float, default=1e3, help="delta of the pre-clip: ratios stay within [1/delta, delta] (1e3 in the paper); 0 = off")
     add("--sigma", type=float, default=3.0, help="advantages beyond it are dropped, in standard deviations (3 in the paper); 0 = off")
     add("--eps", type=float, default=0.2, help="PPO's clip (0.2 in the paper)")
@@ -505,7 +473,8 @@ def loop_flags(p):
     add("--lr", type=float, default=1e-6, help="learning rate (1e-6 in the paper)")
     add("--warmup", type=int, default=0, help="optimizer steps of linear warm-up (ours)")
     add("--clip_grad", type=float, default=1.0, help="largest norm of the gradient (ours)")
-    add("--zero", type=int, choices=[0, 1, 2, 3], default=2, help="DeepSpeed ZeRO stage; 3 for models that do not fit")
+    add("--zero", type=int, choices=[0, 1, 2, 3], default=3,
+        help="DeepSpeed ZeRO stage; 3 = a 7B model beside vLLM on 4 GPUs of 80 GB; 2 is faster where it fits, and on a CPU")
     add("--micro_tokens", type=int, default=16384, help="padded tokens a micro-batch; changes memory and speed, never the gradient")
 
 
@@ -523,7 +492,7 @@ def parser():
     add = p.add_argument_group("reward (Eq. 1, Eq. 2)").add_argument
     add("--consistency_weight", type=float, default=0.5, help="lambda of Table 7 (0.5 in the paper)")
     add("--reward_form", choices=["gated", "external"], default="gated", help="gated: Eq. 2; external: Eq. 1")
-    Judge.add_flags(p.add_argument_group("judge"))
+    ConsistencyJudge.add_flags(p.add_argument_group("judge"))
     loop_flags(p)
     add = p.add_argument_group("log, checks, checkpoints").add_argument
     add("--eval_every", type=int, default=10, help="steps between held-out accuracies, with --eval_data")
@@ -595,7 +564,7 @@ def main():
     if args.check:
         sys.exit(0 if check(engine, trainer, processor, pairs[group:8 * groups:groups], args, device, rank) else 1)
 
-    judge, loader = Judge(args, args.seed), ThreadPoolExecutor(1)
+    judge, loader = ConsistencyJudge(args, args.seed), ThreadPoolExecutor(1)
     loss, mean = loss_function(args)
     updates = args.rollout_batch * args.samples // args.train_batch
     steps = args.steps or math.ceil(args.passes * len(pairs) * (2 if args.both_orders else 1) / args.rollout_batch)
@@ -631,7 +600,9 @@ def main():
         places, mine, prompts = zip(*coming.result())
         coming = loader.submit(shown, step + 1)
         lap("data")
-        rows = rollout(engine, processor, mine, prompts, [seed_of(args.seed, step, i) for i in places], args.samples, 1.0, args.max_new_tokens)
+        compared = args.engine == "vllm" and args.check_every and (step == first + 1 or step % args.check_every == 0)
+        rows = rollout(engine, processor, mine, prompts, [seed_of(args.seed, step, i) for i in places], args.samples, 1.0,
+                       args.max_new_tokens, logps=bool(compared or args.tis or args.old_logps == "vllm"))
         for i, row in enumerate(rows):
             row |= {"group": places[i // args.samples], "place": places[0] * args.samples + i}
         if args.tensor_parallel > 1:  # the ranks of one engine sampled the same: each trains on its part
@@ -639,7 +610,7 @@ def main():
             rows = [row for row in rows if row["place"] // unit % args.tensor_parallel == rank % args.tensor_parallel]
         lap("rollout")
         checked = {}
-        if args.engine == "vllm" and args.check_every and (step == first + 1 or step % args.check_every == 0):
+        if compared:
             checked = dict(zip(("mismatch", "mismatch_max"), mismatch(trainer, processor, rows, device, args.micro_tokens)))
             assert_same(*checked.values(), device, step)
             lap("check")
@@ -670,7 +641,7 @@ def main():
             state["skipped"] = 0 if math.isfinite(totals[-1][1]) else state["skipped"] + 1
             if state["skipped"] == 3:
                 torch.save(batch, out / f"not-finite-{rank}.pt")
-                sys.exit(f"rl.py: step {step + 1}: three gradients in a row were not finite; the last mini-batch is in {out}/not-finite-*.pt")
+                sys.exit(f"rl.py: step {step + 1}: three gradients in a row were not finite; the last mini-batch: {out}/not-finite-*.pt")
         lap("update")
 
         # 6. sync

@@ -626,26 +626,44 @@ def losses(policy, batch):
 
 
 def barred(processor, vocabulary):
-    """Ids that no response may hold: vision tokens, which have no pixels behind them, and numbers beyond the tokenizer's."""
-    names = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
-    return processor.tokenizer.convert_tokens_to_ids(names) + list(range(len(processor.tokenizer), vocabulary))
+    """Ids that must not be sampled: markers of images and videos (there are no pixels behind them), padding of the vocabulary."""
+    tokenizer = processor.tokenizer
+    special = {i for token, i in tokenizer.get_vocab().items() if token.startswith("<|") and ("vision" in token or "_pad" in token)}
+    return sorted(special | set(range(len(tokenizer), vocabulary)))
 
 
-@torch.no_grad()
-def generate(policy, processor, rows, max_new_tokens, budget):
-    """Greedy responses by transformers: the token ids for each row, its end token included if it came."""
-    model, pad, end, found = policy.model.eval(), processor.tokenizer.pad_token_id, processor.tokenizer.eos_token_id, {}
-    ban = barred(processor, model.config.get_text_config().vocab_size)
-    for group in micro_batches([[row | {"number": i}] for i, row in enumerate(rows)], budget):
-        if not group:
-            continue
-        batch = collate(group, pad, model.device, left=True)
-        ids = model.generate(**{k: batch[k] for k in INPUTS if k in batch}, max_new_tokens=max_new_tokens, suppress_tokens=ban,
-                             do_sample=False, temperature=None, top_p=None, top_k=None, repetition_penalty=1.0,
-                             eos_token_id=end, pad_token_id=pad)
-        for row, new in zip(group, ids[:, batch["input_ids"].shape[1]:].tolist()):
-            found[row["number"]] = new[:new.index(end) + 1] if end in new else new
-    return [found[i] for i in range(len(rows))]
+class HF:
+    """transformers' generate on the trainer's own weights: validates here, and is the slow second rollout engine of rl.py, without vLLM."""
+
+    def __init__(self, policy, processor, device):
+        self.policy, self.pad, self.eos, self.device = policy, processor.tokenizer.pad_token_id, processor.tokenizer.eos_token_id, device
+        self.barred = barred(processor, policy.model.config.get_text_config().vocab_size)
+
+    @torch.no_grad()
+    def generate(self, prompts, seeds=None, n=1, temperature=1.0, max_tokens=1024, logps=False, batch=32):
+        """Rows without a response -> [[sample, ...] a row], a sample being {"ids", "logps": None}. A batch shares its first row's seed."""
+        model, rows, out = self.policy.model, [row | {"response": []} for row in prompts for _ in range(n)], []
+        training = model.training
+        model.eval()  # in training, recomputation would switch the cache of keys and values off
+        how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(
+            do_sample=False, temperature=None, top_p=None, top_k=None)
+        for i in range(0, len(rows), batch):
+            inputs = collate(rows[i:i + batch], self.pad, self.device, left=True)
+            if temperature:
+                torch.manual_seed(seeds[i // n])  # so samples repeat for the same batch only
+            ids = model.generate(**{k: inputs[k] for k in INPUTS if k in inputs}, max_new_tokens=max_tokens, suppress_tokens=self.barred,
+                                 eos_token_id=self.eos, pad_token_id=self.pad, repetition_penalty=1.0, use_cache=True, **how)
+            ids = ids[:, inputs["input_ids"].shape[1]:].tolist()
+            out += [line[:line.index(self.eos) + 1] if self.eos in line else line for line in ids]
+        model.train(training)
+        samples = [{"ids": ids, "logps": None} for ids in out]
+        return [samples[i * n:(i + 1) * n] for i in range(len(prompts))]
+
+    def sync(self, policy):
+        pass
+
+    def sleep(self):
+        pass
 
 
 @torch.no_grad()
@@ -656,6 +674,8 @@ def validate(engine, processor, pairs, context, budget, max_new_tokens):
     """
     policy, pad, end = engine.module, processor.tokenizer.pad_token_id, processor.tokenizer.eos_token_id
     device, head = policy.model.device, policy.kind
+    hf = HF(policy, processor, device)
+    greedy = lambda rows: [sample["ids"] for sample, in hf.generate(rows, temperature=0.0, max_tokens=max_new_tokens)]
     engine.eval()
     mine = pairs[dist.get_rank()::dist.get_world_size()]
     groups = [group for group in (rows_of(pair, processor, head, context) for pair in mine) if not isinstance(group, str)]
@@ -670,11 +690,11 @@ def validate(engine, processor, pairs, context, budget, max_new_tokens):
         return found
     if head == "critic":  # its own critiques, not the annotator's
         rows = [row | {"response": []} for group in groups for row in group]
-        rows = [row | {"response": ids} for row, ids in zip(rows, generate(policy, processor, rows, max_new_tokens, budget))]
+        rows = [row | {"response": ids} for row, ids in zip(rows, greedy(rows))]
         twos = [rows[i:i + 2] for i in range(0, len(rows), 2)]
         own = [losses(engine, collate(batch, pad, device))[2] for batch in micro_batches(twos, budget)]
         return found | {"val_accuracy": reduced(sum(own)) / max(1, n)}
-    said = generate(policy, processor, [encode(processor, messages(pair)) for pair in mine], max_new_tokens, budget)
+    said = greedy([encode(processor, messages(pair)) for pair in mine])
     verdicts = [parse(processor.tokenizer.decode(ids, skip_special_tokens=True)) for ids in said]
     right, form = reduced([sum(v.choice == pair["choice"] for v, pair in zip(verdicts, mine)),
                            sum(v.well_formed and ids[-1] == end for v, ids in zip(verdicts, said))])

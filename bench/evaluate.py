@@ -50,7 +50,7 @@ def by_loop(args, rows, most):
     policy, processor = sft.load_policy(args.model)
     model, end = policy.model.to(device).eval(), processor.tokenizer.eos_token_id
     loaded, made, tokens = time.monotonic(), 0, 0
-    for row, (order, _) in ((row, at) for row in rows[2:] for at in ev.plan(row, args)):
+    for row, (*_, order, _) in ((row, at) for row in rows[2:] for at in ev.plan(row, args)):
         if time.monotonic() > loaded + most:
             break
         batch = sft.collate([sft.encode(processor, ev.messages(row, order))], processor.tokenizer.pad_token_id, device)
@@ -79,7 +79,7 @@ def parser():
     p.add_argument("--limit", type=int, default=130, help="pairs")
     p.add_argument("--samples", type=int, default=16, help="judgements a pair")
     p.add_argument("--max_new_tokens", type=int, default=128, help="of a judgement")
-    p.add_argument("--max_model_len", type=int, default=1024, help="of prompt and judgement")
+    p.add_argument("--context", type=int, default=1024, help="of prompt and judgement")
     p.add_argument("--seconds", type=float, default=60, help="of the loop, which need not finish")
     p.add_argument("--out", help="file for the numbers: a markdown table if it ends in .md, else JSON")
     return p
@@ -89,7 +89,7 @@ def main():
     args = parser().parse_args()
     flags = ev.check_args(ev.parser().parse_args([
         "--bench", f"pairs={args.data}", "--model", args.model, "--limit", str(args.limit), "--samples", str(args.samples),
-        "--out", os.devnull, "--max_new_tokens", str(args.max_new_tokens), "--max_model_len", str(args.max_model_len)]))
+        "--out", os.devnull, "--max_new_tokens", str(args.max_new_tokens), "--context", str(args.context)]))
     rows, result, seen = ev.read_rows(flags)["pairs"], {}, Counter()
     count_images(seen)
     for name, run in (("engine", lambda: by_engine(flags, rows)), ("loop", lambda: by_loop(flags, rows, args.seconds))):

@@ -167,9 +167,9 @@ def test_vlfeedback_as_datasets_turns_it_round(tmp_path):
     turned = {"annotations": {a: {"Rating": ["2", "5", "1", "3"]} for a in sources.ASPECTS}, "response": [a["response"] for a in listed]}
     row = {"id": "x", "prompt": "Q", "img_path": "none.png"}
     found = [annotate.vlfeedback(row | {"completions": c}, 0, str(tmp_path)) for c in (listed, turned)]
-    assert found[0] == found[1] and (found[0]["chosen"], found[0]["rejected"]) == ("answer 5", "answer 1")
+    assert found[0] == found[1] and found[0]["responses"] == ["answer 5", "answer 1"]
     listed[1]["annotations"]["Helpfulness"]["Rating"] = "nan"  # does not count as a number
-    assert annotate.vlfeedback(row | {"completions": listed}, 0, str(tmp_path))["chosen"] == "answer 3"
+    assert annotate.vlfeedback(row | {"completions": listed}, 0, str(tmp_path))["responses"][0] == "answer 3"
 
 
 def test_frames_are_in_the_order_of_their_numbers(tmp_path):
@@ -291,6 +291,12 @@ def test_the_toy_benchmarks_share_no_id_and_no_picture_with_the_training_sources
 # The journal
 
 
+@contextlib.contextmanager
+def journal_of(path, config):
+    with open(path, "a+b") as file:
+        yield annotate.Journal(file, config)
+
+
 def run_until_killed(words, seconds):
     """A run in a process of its own, killed at that moment; its exit code, or None if it was killed."""
     child = multiprocessing.get_context("fork").Process(target=annotate.main, args=(words,), daemon=True)
@@ -334,11 +340,11 @@ def test_a_half_written_last_line_is_cut_off(whole, tmp_path, capsys):
     last = b'{"id": "x", "attempt": 1, "text": "a\\nb", "finish": "stop", "tokens": [1, 2]}\n'
     for cut in range(1, len(last)):
         (tmp_path / "j").write_bytes(head + last[:-cut])
-        with annotate.Journal(tmp_path / "j", json.loads(head)) as journal:
+        with journal_of(tmp_path / "j", json.loads(head)) as journal:
             assert not journal.replies and (tmp_path / "j").read_bytes() == head
         assert cut == len(last) or f"its {len(last) - cut} bytes are cut off" in capsys.readouterr().out
     (tmp_path / "j").write_bytes(head[:10])
-    with annotate.Journal(tmp_path / "j", json.loads(head)):
+    with journal_of(tmp_path / "j", json.loads(head)):
         pass
     assert json.loads((tmp_path / "j").read_bytes()) == json.loads(head)
 
@@ -361,8 +367,8 @@ def test_what_may_change_when_a_run_goes_on(whole):
 
 def test_two_at_once_are_refused(whole, tmp_path):
     (tmp_path / "j").write_bytes(b"")
-    with annotate.Journal(tmp_path / "j", {}), pytest.raises(Unusable, match="another annotate.py is writing"):
-        annotate.Journal(tmp_path / "j", {})
+    with journal_of(tmp_path / "j", {}), pytest.raises(Unusable, match="another annotate.py is writing"), journal_of(tmp_path / "j", {}):
+        pass
 
 
 @pytest.mark.parametrize("line, says", [
@@ -370,8 +376,8 @@ def test_two_at_once_are_refused(whole, tmp_path):
     ('{"id": "x", "tokens": [1, 1]}\n', "line 2: "), ('{"id": "x", "text": 3, "tokens": [1, 1]}\n', "is no reply")])
 def test_a_damaged_journal_is_named_by_its_line(tmp_path, line, says):
     (tmp_path / "j").write_text("{}\n" + line)
-    with pytest.raises(Unusable) as error:
-        annotate.Journal(tmp_path / "j", {})
+    with pytest.raises(Unusable) as error, journal_of(tmp_path / "j", {}):
+        pass
     assert says in str(error.value)
 
 
@@ -408,6 +414,10 @@ def test_replies_that_are_none_and_refusals_of_each_kind():
     body = lambda **message: json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}).encode()
     texts = [annotate.completion(b) for b in (body(content="hi"), body(content=None, refusal="no"), body(content=None), body())]
     assert [t["text"] for t in texts] == ["hi", "no", "", ""] and texts[0]["tokens"] == [0, 0]
+    likely = lambda *tokens: {"content": [{"top_logprobs": [{"token": t, "logprob": -i} for i, t in enumerate(tokens)]}]}
+    body_with = lambda logprobs: json.dumps({"choices": [{"message": {"content": "1"}, "logprobs": logprobs}]}).encode()
+    assert annotate.completion(body_with(likely("1", " 1")))["likeliest"] == [{"1": 0.0, " 1": -1.0}]
+    assert "likeliest" not in texts[0] and annotate.completion(body_with({"content": [{"token": "1"}]})) is None
     for none in (b"", b"<html>", b"[]", b"null", b'{"error": {}}', b'{"choices": []}', b'{"choices": null}', body(content="x")[:-9],
                  b'{"choices": [{}]}', body(content=[1]), b"\xff\xfe"):
         assert annotate.completion(none) is None, none
@@ -441,16 +451,16 @@ def test_a_server_that_takes_a_second_is_kept_busy(tmp_path):
 
 def test_a_pair_that_gets_no_answer_waits_for_the_next_run(tmp_path, capsys):
     """It is in no set, costs nothing else, and the command says so; the next run asks for it alone."""
-    path = mine(tmp_path, plain(12))
+    path = mine(tmp_path, plain(40))
     with annotator("--p_500", "0.4") as it, pytest.raises(SystemExit, match="pairs got no answer .*; the same command asks"):
-        own(path, tmp_path / "out", "--concurrency", 2, url=it.url)
+        own(path, tmp_path / "out", "--concurrency", 20, url=it.url)  # so many failures in a row would stop the run: 0.4 ** 20
     attempts = [p["attempts"] for p in read_pairs(tmp_path / "out/pairs.jsonl")]
     assert set(attempts) == {None, 4} and len(read_pairs(tmp_path / "out/rl.jsonl")) == attempts.count(4)
     assert "is left for the next run: 1 times in a row no answer" in capsys.readouterr().out
     done = len(lines(tmp_path / "out/journal.jsonl")) - 1
     with annotator() as it:
         own(path, tmp_path / "out", url=it.url)
-        assert it.stats["requests"] == 36 - done
+        assert it.stats["requests"] == 120 - done
     assert {p["attempts"] for p in read_pairs(tmp_path / "out/pairs.jsonl")} == {4}
 
 

@@ -201,6 +201,11 @@ def test_a_dead_judge_is_no_reward():
             scored(EIGHT, "--judge_url", "http://127.0.0.1:9/v1", "--judge_patience", 1, "--verdict", kind)
 
 
+def test_a_judge_that_gives_no_log_probabilities_is_told_apart(serve):
+    with pytest.raises(JudgeDead, match="the reply has no log-probabilities, which --verdict token asks for"):
+        scored(EIGHT[:2], "--judge_url", serve(lambda a, b: verdict(1)).url, "--judge_patience", 1, "--verdict", "token")
+
+
 @pytest.mark.parametrize("words", [["--pairs", "0"], ["--pairs", "some"]])
 def test_pairs_that_cannot_be(words, capsys):
     with pytest.raises(SystemExit):
@@ -258,7 +263,7 @@ def test_exact_match(text, answer, right):
 def command(toy, *words, ranks=1):
     run = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     return [sys.executable, *run, "downstream_grpo.py", "--model", "toy/weak", "--data", str(toy / "train.jsonl"), "--engine", "hf", "--chunk", "1", "--samples", "4",
-            "--rollout_batch", "6", "--train_batch", "12", "--max_new_tokens", "8", "--context", "512", "--lr", "1e-3", "--judge_retries", "1", *map(str, words)]
+            "--rollout_batch", "6", "--train_batch", "12", "--max_new_tokens", "8", "--context", "512", "--lr", "1e-3", "--judge_retries", "1", "--zero", "2", *map(str, words)]
 
 
 def run(toy, *words, fails=False, ranks=1):

@@ -9,6 +9,7 @@ import asyncio
 import base64
 import contextlib
 import doctest
+import http.server
 import itertools
 import json
 import math
@@ -18,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from argparse import Namespace
 from collections import Counter
@@ -129,10 +131,10 @@ def test_the_groups_of_vl_reward_bench_in_any_case():
 
 def test_the_columns_of_multimodal_reward_bench():
     r = {"Text": "Q", "Image": "", "Output1": "a", "Output2": "b", "Better": "Output2"}
-    column = lambda id, category: ev.multimodal_reward_bench(r | {"ID": id, "Category": category}, ".")[-1]["columns"]
+    column = lambda id, category: ev.multimodal_reward_bench(r | {"ID": id, "Category": category})[-1]["columns"]
     assert [column("mathvista_3", "reasoning"), column("EMMA-Coding_1", "reasoning"), column("PAIRS_1", "safety"), column("hateful_1", "safety"),
             column("nocaps_1", "open_generation/preference_task")] == ["math", "coding", "safety", "toxicity", "preference"]
-    assert ev.multimodal_reward_bench(r | {"ID": "a", "Category": "vqa"}, ".")[3] == 2
+    assert ev.multimodal_reward_bench(r | {"ID": "a", "Category": "vqa"})[3] == 2
 
 
 def test_rows_with_the_same_id_are_both_judged(toy, tmp_path):
@@ -149,7 +151,7 @@ def test_frames_are_in_the_order_of_their_numbers(tmp_path):
     for n in (10, 9, 2, 1):
         (tmp_path / "clip").mkdir(exist_ok=True)
         (tmp_path / "clip" / f"frame_{n}.png").write_bytes(b"")
-    assert [Path(p).stem for p in ev.media(tmp_path, video="clip")["video"]] == ["frame_1", "frame_2", "frame_9", "frame_10"]
+    assert [Path(p).stem for p in ev.media(tmp_path, tmp_path, video="clip")["video"]] == ["frame_1", "frame_2", "frame_9", "frame_10"]
 
 
 @pytest.mark.parametrize("bench, change, says_so", [
@@ -209,8 +211,7 @@ def test_vote_and_any_equal_all_subsets(n):
             every = [[samples[i] for i in s] for s in subsets(samples, k)]
             scores = [0.0 if not any(s) else 0.5 if sum(s) == 0 else float(sum(s) > 0) for s in every]
             ties = [any(s) and sum(s) == 0 for s in every]
-            assert ev.vote(((right, wrong, none),), (k,)) == pytest.approx((np.mean(scores), np.mean(ties)), abs=1e-12)
-            assert ev.any_right(((right, wrong, none),), (k,)) == pytest.approx(np.mean([1 in s for s in every]), abs=1e-12)
+            assert ev.chances(((right, wrong, none),), (k,)) == pytest.approx((np.mean(scores), np.mean(ties), np.mean([1 in s for s in every])), abs=1e-12)
 
 
 def test_vote_and_any_with_half_of_the_samples_in_each_order():
@@ -222,8 +223,8 @@ def test_vote_and_any_with_half_of_the_samples_in_each_order():
             for ks in ev.shares(2, k):
                 every = [[sides[0][i] for i in a] + [sides[1][i] for i in b] for a in subsets(sides[0], ks[0]) for b in subsets(sides[1], ks[1])]
                 scores = [0.0 if not any(s) else 0.5 if sum(s) == 0 else float(sum(s) > 0) for s in every]
-                assert ev.vote(counts, ks)[0] == pytest.approx(np.mean(scores), abs=1e-12)
-                assert ev.any_right(counts, ks) == pytest.approx(np.mean([1 in s for s in every]), abs=1e-12)
+                ties = [any(s) and sum(s) == 0 for s in every]
+                assert ev.chances(counts, ks) == pytest.approx((np.mean(scores), np.mean(ties), np.mean([1 in s for s in every])), abs=1e-12)
 
 
 @pytest.mark.parametrize("sides", [1, 2])
@@ -416,9 +417,9 @@ def test_the_interval_of_a_share():
 def test_compared_runs_share_their_noise():
     rows, args = [row(i) for i in range(300)], args_of("--samples", 2)
     values = {p: ev.evaluate("pairs", rows, judged(rows, args, random_judge(1, p)), args)[1] for p in (0.6, 0.7)}
-    same = ev.compare(rows, values[0.6], values[0.6])["one sample"]
+    same = ev.compare(values[0.6], values[0.6])["one sample"]
     assert same["rows"] == 300 and same["overall"] == [0, 0, 0, 1.0]
-    better = ev.compare(rows, values[0.7], values[0.6])["one sample"]["overall"]
+    better = ev.compare(values[0.7], values[0.6])["one sample"]["overall"]
     assert better[0] == pytest.approx(10, abs=4) and 0 < better[1] < better[2] and better[3] <= 0.01
 
 
@@ -466,9 +467,9 @@ def test_early_stopping_draws_what_the_replay_of_all_samples_would(orders):
     assert drawn.items() <= full.items() and len(drawn) < len(full) / 2
     cost = []
     for r in rows:
-        sequence = ev.picks(r, ev.plan(r, every), full)
+        sequence = [ev.picked(j) for j in ev.so_far(r, full, every)]
         n = next(n for n in range(1, 17) if ev.stopped(sequence[:n], 16) is not False)
-        assert len(ev.picks(r, ev.plan(r, online), drawn)) == n == sum(at[1] == r["row"] for at in drawn)
+        assert len(ev.so_far(r, drawn, online)) == n == sum(at[1] == r["row"] for at in drawn)
         cost.append(n)
     result, _ = ev.evaluate("pairs", rows, drawn, online)
     assert result["about"]["early stopping: samples"] == pytest.approx(np.mean(cost), abs=0.001)
@@ -594,6 +595,33 @@ def test_kill_9_and_resume_loses_and_repeats_nothing(toy, tmp_path):
     assert "against" in (tmp_path / "killed" / "table.md").read_text()
 
 
+def test_a_server_that_gives_log_probabilities():
+    """Those of 1 and 2 where the verdict stands; of an option that comes twice, with and without a space, the likelier."""
+    options = [{"token": t, "logprob": p} for t, p in (("2", -0.1), (" 1", -2.5), ("1", -9.0))]
+    content = [{"token": t, "logprob": -0.1, "top_logprobs": options if t == "2" else []} for t in ("So", "<answer>", "2", "</answer>")]
+    reply = {"choices": [{"message": {"content": "So<answer>2</answer>"}, "finish_reason": "stop", "logprobs": {"content": content}}]}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            assert json.loads(self.rfile.read(int(self.headers["Content-Length"])))["top_logprobs"] == 5
+            body = json.dumps(reply).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as it:
+        threading.Thread(target=it.serve_forever, daemon=True).start()
+        args, done = args_of("--base_url", f"http://127.0.0.1:{it.server_port}/v1", "--samples", 4), {}
+        ev.collect([row(0)], ev.backend(args), done, args)
+        it.shutdown()
+    assert len(done) == 4
+    for j in done.values():
+        assert (j["choice"], j["logp1"], j["logp2"], j["tokens"], j["finish"]) == (2, -2.5, -0.1, 4, "stop")
+
+
 def test_two_ranks_share_the_rows(toy, tmp_path):
     with serving(toy) as stand_in:
         words = flags(toy, "--base_url", stand_in.url, "--model", "toy", "--samples", 2, "--limit", 15, "--out", tmp_path, benches=("pairs",))
@@ -669,7 +697,7 @@ def test_the_reward_heads_of_sft(kind, toy, tmp_path):
             asked = sft.encode(processor, ev.turn(r, r["question"]), r["responses"][i])
             if kind == "critic":
                 asked = sft.encode(processor, sft.critique_of(r, i))
-                asked |= {"response": sft.generate(policy, processor, [asked], 8, 4096)[0]}
+                asked |= {"response": sft.HF(policy, processor, policy.model.device).generate([asked], temperature=0.0, max_tokens=8)[0][0]["ids"]}
             with torch.no_grad():
                 scores.append(policy(sft.collate([asked], processor.tokenizer.pad_token_id))["score"].item())
         for order in (0, 1):
@@ -687,7 +715,7 @@ import json, sys
 import evaluate as ev
 folder, data, out = sys.argv[1:]
 args = ev.check_args(ev.parser().parse_args(["--bench", f"pairs={data}", "--model", folder, "--out", out, "--samples", "8", "--max_new_tokens", "24",
-                                             "--max_model_len", "1024", "--group", "medium"]))
+                                             "--context", "1024", "--group", "medium"]))
 rows = ev.read_rows(args)["pairs"]
 answers = ev.backend(args)
 done = {}

@@ -23,7 +23,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import judge
-from judge import Judge, JudgeDead, question, rule
+from judge import ConsistencyJudge, JudgeDead, question, rule
 from toy import server, world
 
 AGREES = "<think>The first is right. Response 1 is better.</think><answer>1</answer>"
@@ -93,7 +93,7 @@ def test_doctests():
 
 def test_the_stand_in_judges_and_what_has_no_verdict_is_not_asked(stand_in):
     s = stand_in()
-    j = Judge(args("--judge_url", s.url))
+    j = ConsistencyJudge(args("--judge_url", s.url))
     assert j.consistency([AGREES, SLIPS, NOTHING, AGREES]) == [1, 0, None, 1]
     assert s.stats["judge"] == {"yes": 1, "no": 1}  # equal questions are asked once
     assert j.counts | {"tokens": 0} == {"asked": 4, "calls": 2, "cached": 1, "no_verdict": 1, "failed": 0, "unparsable": 0, "tokens": 0}
@@ -103,7 +103,7 @@ def test_the_stand_in_judges_and_what_has_no_verdict_is_not_asked(stand_in):
 
 def test_every_fault_is_waited_out(stand_in):
     s = stand_in("--retry_after", 0.05, *(w for name in ("429", "429_after", "500", "reset", "html", "empty", "truncated") for w in (f"--p_{name}", 0.05)))
-    said = Judge(args("--judge_url", s.url, "--judge_patience", 60)).consistency(texts(200))
+    said = ConsistencyJudge(args("--judge_url", s.url, "--judge_patience", 60)).consistency(texts(200))
     assert said == [1, 0] * 100
     assert sum(s.stats["faults"].values()) > 20
 
@@ -114,25 +114,25 @@ def test_a_dead_judge_stops_after_its_patience_and_says_what_to_look_at():
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     start = time.time()
     with pytest.raises(JudgeDead, match="has not replied for 2 s.*judge_patience.*Is it up"):
-        Judge(args("--judge_url", url, "--judge_patience", 2)).consistency([AGREES])
+        ConsistencyJudge(args("--judge_url", url, "--judge_patience", 2)).consistency([AGREES])
     assert 2 <= time.time() - start < 10
 
 
 def test_a_judge_that_hangs_is_dead_too(answering):
     url = answering(lambda q: "yes", seconds=30)
     with pytest.raises(JudgeDead):
-        Judge(args("--judge_url", url, "--judge_timeout", 0.5, "--judge_patience", 2)).consistency([AGREES])
+        ConsistencyJudge(args("--judge_url", url, "--judge_timeout", 0.5, "--judge_patience", 2)).consistency([AGREES])
 
 
 def test_a_slow_judge_is_waited_for_and_calls_run_side_by_side(answering):
     url, start = answering(lambda q: "Yes.", seconds=0.5), time.time()
-    assert Judge(args("--judge_url", url)).consistency(texts(32)) == [1] * 32
+    assert ConsistencyJudge(args("--judge_url", url)).consistency(texts(32)) == [1] * 32
     assert time.time() - start < 8  # one after the other: 16 s
 
 
 def test_garbage_is_no_agreement(answering):
     replies = iter(["I cannot tell.", "10 of 10", "", "yes or no", "Response 1"])
-    j = Judge(args("--judge_url", answering(lambda q: next(replies)), "--judge_concurrency", 1))
+    j = ConsistencyJudge(args("--judge_url", answering(lambda q: next(replies)), "--judge_concurrency", 1))
     assert j.consistency(texts(5)) == [None] * 5
     assert j.counts["unparsable"] == 5
 
@@ -144,7 +144,7 @@ def test_one_question_that_fails_is_none_and_the_others_stand(answering):
             raise BrokenPipeError  # the connection breaks
         return "yes"
 
-    j = Judge(args("--judge_url", answering(reply, seconds=0.05), "--judge_concurrency", 2, "--judge_patience", 30, "--judge_retries", 2))
+    j = ConsistencyJudge(args("--judge_url", answering(reply, seconds=0.05), "--judge_concurrency", 2, "--judge_patience", 30, "--judge_retries", 2))
     said = j.consistency(texts(40))
     assert said == [1, 1, 1, None] + [1] * 36
     assert j.counts["failed"] == 1
@@ -153,19 +153,19 @@ def test_one_question_that_fails_is_none_and_the_others_stand(answering):
 def test_a_wrong_model_name_stops_at_once(answering):
     url = answering(lambda q: "no such model", status=404)
     with pytest.raises(ValueError, match="--model"):
-        Judge(args("--judge_url", url)).consistency([AGREES])
+        ConsistencyJudge(args("--judge_url", url)).consistency([AGREES])
 
 
 def test_options_of_c11():
     some = texts(2000)
-    assert Judge(args("--judge", "rule")).consistency(some) == [1, 0] * 1000
-    assert Judge(args("--judge", "none")).consistency(some + [NOTHING]) == [0] * 2000 + [None]
-    coin = Judge(args("--judge", "random")).consistency(some)
-    assert 900 < sum(coin) < 1100 and coin == Judge(args("--judge", "random")).consistency(some) != Judge(args("--judge", "random"), seed=1).consistency(some)
-    flipped = Judge(args("--judge", "rule", "--judge_noise", ".2")).consistency(some)
+    assert ConsistencyJudge(args("--judge", "rule")).consistency(some) == [1, 0] * 1000
+    assert ConsistencyJudge(args("--judge", "none")).consistency(some + [NOTHING]) == [0] * 2000 + [None]
+    coin = ConsistencyJudge(args("--judge", "random")).consistency(some)
+    assert 900 < sum(coin) < 1100 and coin == ConsistencyJudge(args("--judge", "random")).consistency(some) != ConsistencyJudge(args("--judge", "random"), seed=1).consistency(some)
+    flipped = ConsistencyJudge(args("--judge", "rule", "--judge_noise", ".2")).consistency(some)
     assert 320 < sum(a != b for a, b in zip(flipped, [1, 0] * 1000)) < 480
     with pytest.raises(ValueError, match="legal: 0 to 1"):
-        Judge(args("--judge_noise", "1.5"))
+        ConsistencyJudge(args("--judge_noise", "1.5"))
 
 
 def test_the_last_conclusion_counts_and_a_long_reasoning_is_cut_to_its_end():
@@ -209,7 +209,7 @@ def test_the_toy_base_model_behind_a_real_vllm_server_is_a_judge(tmp_path):
         for i in range(200):
             item = world.twins(rng, medium=("image", "video", "text")[i % 3])[0]
             said.append(world.judgement(item, (0, 1), 1 + i % 2, ("careful", "hasty", "verbose", "inconsistent")[i // 2 % 4]))
-        j = Judge(args("--judge_url", f"http://127.0.0.1:{port}/v1", "--judge_model", "toy/base", "--judge_patience", 120))
+        j = ConsistencyJudge(args("--judge_url", f"http://127.0.0.1:{port}/v1", "--judge_model", "toy/base", "--judge_patience", 120))
         agree = [a == rule(t) for a, t in zip(j.consistency(said), said)]
         assert sum(agree) >= 194, sum(agree)
     finally:

@@ -61,7 +61,7 @@ def command(world_files, *words, ranks=1):
     model, data = world_files
     run = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     return [sys.executable, *run, str(ROOT / "rl.py"), "--model", str(model), "--data", str(data), "--judge", "rule", "--rollout_batch", "12",
-            "--train_batch", "6", "--max_new_tokens", "24", "--context", "1024", "--lr", "1e-3", *map(str, words)]
+            "--train_batch", "6", "--max_new_tokens", "24", "--context", "1024", "--lr", "1e-3", "--zero", "2", *map(str, words)]
 
 
 def run(*words, fails=False, **options):
@@ -95,7 +95,8 @@ def test_every_pass_shows_every_pair_once_in_its_own_order():
 
 @pytest.mark.parametrize("words, message", [
     (["--train_batch", 100], "legal: a divisor of"), (["--rollout_batch", 6, "--train_batch", 6], "divides the batch"),
-    (["--clip", 0.5], "legal: clip above 1"), (["--sigma", -1], "each 0 for off"), (["--engine", "hf", "--tis", 2], "legal: with --engine vllm")])
+    (["--clip", 0.5], "legal: clip above 1"), (["--sigma", -1], "each 0 for off"), (["--engine", "hf", "--tis", 2], "legal: with --engine vllm"),
+    (["--engine", "hf"], "legal: --zero 0, 1 or 2")])
 def test_settings_that_cannot_be(words, message):
     with pytest.raises(ValueError, match=message):
         rl.validate(args(*words), 4)
@@ -110,7 +111,7 @@ class Said:
 
 def rewards(rows, *words):
     a = args("--judge", "rule", *words)
-    judge = rl.Judge(a)
+    judge = rl.ConsistencyJudge(a)
     found, parts = rl.score(rows, judge, a)()
     return [round(r, 3) for r in found.tolist()], judge.counts["asked"]
 

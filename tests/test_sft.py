@@ -382,7 +382,8 @@ def test_two_ranks_any_stage_any_budget_train_as_one_plain_loop_does(place, rows
     batch = sft.collate(sum((sft.rows_of(pair, processor, None, 4096) for pair in pairs), []), 0)
     with torch.no_grad():
         loss = float(sft.losses(policy.eval(), batch)[0] / batch["mask"].sum())
-    said = sft.generate(policy, processor, [sft.encode(processor, messages(pair)) for pair in pairs], 12, 10**4)
+    rows = [sft.encode(processor, messages(pair)) for pair in pairs]
+    said = [sample["ids"] for sample, in sft.HF(policy, processor, "cpu").generate(rows, temperature=0.0, max_tokens=12)]
     choices = [parse(processor.tokenizer.decode(ids)).choice for ids in said]
     assert val["val_n"] == 5 and abs(val["val_loss"] - loss) < 1e-5 and val["val_format"] == 0
     assert val["val_accuracy"] == sum(choice == pair["choice"] for choice, pair in zip(choices, pairs)) / 5
@@ -455,7 +456,7 @@ def test_the_exported_folder_loads_in_vllm_and_says_the_same(place, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     again, processor = sft.load_policy(tmp_path / "saved", dtype=torch.float32)
     rows = [sft.encode(processor, messages(pair)) for pair in read_pairs(tmp_path / "pairs.jsonl")]
-    ours = sft.generate(again, processor, rows, 16, 10**4)
+    ours = [sample["ids"] for sample, in sft.HF(again, processor, "cpu").generate(rows, temperature=0.0, max_tokens=16)]
     for (prompt, said), row, ids in zip(json.loads((tmp_path / "said.json").read_text()), rows, ours):
         assert prompt == row["prompt"] and said == ids
     torch.testing.assert_close(again.head.state_dict(), policy.head.state_dict(), atol=0, rtol=0)

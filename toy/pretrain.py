@@ -28,14 +28,15 @@ from stable_reinforce import parse_consistency
 from toy import model as toy_model, world
 
 FRAMES = {"image": 1, "video": 4, "text": 0}
+GRAIN = 34  # less than the world's hardest pictures have: a base model has seen milder ones than those it is to judge
 
 # ---------------------------------------------------------------------------------------------------
 # What it is taught. A dialogue is {"images": [arrays], "video": bool, "turns": [(user's text, reply), ...]}.
 
 
-def look(item, turns, rng):
+def look(item, turns, rng, **drawn):
     """A dialogue that begins with an item's picture or frames."""
-    pictures = [world.draw(item["scene"], item["difficulty"], rng) for _ in range(FRAMES[item["medium"]])]
+    pictures = [world.draw(item["scene"], item["difficulty"], rng, **drawn) for _ in range(FRAMES[item["medium"]])]
     return {"images": pictures, "video": item["medium"] == "video", "turns": turns}
 
 
@@ -60,7 +61,7 @@ def see(rng, hardest=1.0):
         rng.shuffle(turns)
         # the description comes last half of the time: what comes after it can be looked up there and teaches no sight
         turns.insert(len(turns) if rng.random() < 0.5 else rng.randrange(len(turns)), (ask_of(medium), world.describe(item["scene"])))
-    return look(item, turns, rng)
+    return look(item, turns, rng, grain=GRAIN)
 
 
 def read(rng, hardest=1.0):
@@ -78,7 +79,7 @@ def read(rng, hardest=1.0):
     pair = f"[Question]: {item['question']}; [Response 1]: {a}; [Response 2]: {b}"
     context = JUDGING_PROMPT.format(question=item["question"], answer1=a, answer2=b) if long else pair
     turns[0] = (f"{context}\n\n{turns[0][0]}", turns[0][1])
-    return look(item if long else {"medium": "text"}, turns, rng)
+    return look(item if long else {"medium": "text"}, turns, rng, grain=GRAIN)
 
 
 def repeat(rng, hardest=1.0):

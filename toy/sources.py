@@ -69,10 +69,10 @@ MM_RLHF = {"long": ["colour", "position", "count"], "short": ["shape", "colour",
            "safety": ["absence", "shape"], "video": world.FAMILIES}
 MM_RLHF_REWARD_BENCH = {"mcq": 42, "long": 37, "short": 34, "safety": 32, "video": 25}
 
-# Rows at --scale 1, the broken ones apart: 6,000 pairs in the shares of Table 2. A prompt of VLFeedback counts as one pair,
+# Rows at --scale 1, the broken ones apart: 9,600 pairs in the shares of Table 2. A prompt of VLFeedback counts as one pair,
 # its best answer against a worst one.
-TRAIN = {"RLAIF-V": 1147, "VLFeedback": 1231, "POVID": 263, "WildVision-Battle": 159,
-         "MM-RLHF": {"long": 1090, "short": 1226, "mcq": 220, "safety": 264}, "R1-Reward-RL": 200, "pairs": 200}
+TRAIN = {"RLAIF-V": 1835, "VLFeedback": 1970, "POVID": 421, "WildVision-Battle": 254,
+         "MM-RLHF": {"long": 1744, "short": 1962, "mcq": 352, "safety": 422}, "R1-Reward-RL": 320, "pairs": 320}
 TEST = {"VL-RewardBench": 600, "Multimodal-RewardBench": 600, "MM-RLHF-RewardBench": 170, "pairs": 1200}  # dev: half of it
 TASKS = {"train": 600, "test": 200}
 BROKEN = {"missing image": 2, "unreadable image": 3, "empty answer": 4}
@@ -494,14 +494,14 @@ def parser():
     p = argparse.ArgumentParser(description="The toy world as the paper's training sources and benchmarks.")
     p.add_argument("--out", default="out/toy/data", help="folder to make; one that is there already is never overwritten")
     p.add_argument("--seed", type=int, default=0, help="of every picture and word; the same seed, the same bytes")
-    p.add_argument("--scale", type=float, default=1.0, help="1 = about 6,000 training pairs; no source falls below 8 rows")
+    p.add_argument("--scale", type=float, default=1.0, help="1 = about 9,600 training pairs; no source falls below 8 rows")
     return p
 
 
 def main(words=None):
     args = parser().parse_args(words)
     if not 0 < args.scale < float("inf"):
-        raise SystemExit(f"--scale {args.scale}: legal: a number above 0; 1.0 = about 6,000 training pairs")
+        raise SystemExit(f"--scale {args.scale}: legal: a number above 0; 1.0 = about 9,600 training pairs")
     out, started = Path(args.out), time.monotonic()
     code = hashlib.sha256(Path(__file__).read_bytes() + Path(world.__file__).read_bytes()).hexdigest()[:12]
     marker = {"seed": args.seed, "scale": args.scale, "version": code}  # a changed world is not taken for the old one

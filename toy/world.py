@@ -11,7 +11,7 @@ each of the answers is the right one in one twin. So whoever looks only at the t
 exactly half of the cases (tests/test_toy.py). Text-only items are the exception: there the question tells the scene.
 
 What is planted, and must be said wherever a result is shown: the annotator's reasonings come in four MANNERS of unequal
-worth, as people's do. Hasty ones decide without describing the picture. Inconsistent ones conclude one thing and answer
+worth, as people's do. Hasty ones glance: that finds one thing, but neither counts nor compares. Inconsistent ones conclude one thing and answer
 the other. Reinforcement learning can find the better manner; that is most of what it finds here.
 
 $ python toy/world.py --show out/toy/world.png      # a contact sheet: each family, easy to hard
@@ -29,6 +29,7 @@ SHAPES = ["circle", "square", "triangle", "diamond"]
 PLACES = ["top left", "top right", "bottom left", "bottom right"]
 COUNTS = ["zero", "one", "two", "three", "four"]
 FAMILIES = ["colour", "shape", "count", "position", "comparison", "absence"]
+AT_A_GLANCE = ["colour", "position"]  # what the hasty manner sees; elsewhere it guesses
 MANNERS = ("hasty", "careful", "verbose", "inconsistent")
 SHARES = (0.55, 0.20, 0.10, 0.15)  # of the manners in the annotator's reasonings: planted (see above)
 CELL, SIZE = 28, 56  # pixels
@@ -54,8 +55,8 @@ def describe(scene):
     return ", ".join("nothing" if cell is None else f"{cell[0]} {cell[1]}" for cell in scene)
 
 
-def draw(scene, difficulty, rng):
-    """Scene -> (56, 56, 3) uint8 array."""
+def draw(scene, difficulty, rng, grain=42):
+    """Scene -> (56, 56, 3) uint8 array. grain: its standard deviation at difficulty 1, beyond the 6 that all have."""
     import numpy as np
 
     gen = np.random.default_rng(rng.getrandbits(64))
@@ -82,7 +83,7 @@ def draw(scene, difficulty, rng):
     for _ in range(rng.randrange(1 + round(10 * difficulty))):  # specks in any colour, on anything
         r, c, n = rng.randrange(SIZE - 3), rng.randrange(SIZE - 3), rng.choice((2, 3))
         picture[r:r + n, c:c + n] = COLOURS[rng.choice(list(COLOURS))]
-    picture += gen.normal(0, 6 + 34 * difficulty, picture.shape)
+    picture += gen.normal(0, 6 + grain * difficulty, picture.shape)
     return picture.clip(0, 255).astype(np.uint8)
 
 
@@ -243,12 +244,17 @@ def truth(family, scene, subject, claim):
 # How an annotator reasons about answers i and j of an item, shown as Response 1 and 2
 
 
-def evidence(item, scene, claim):
-    """What the careful manner cites for the claim it takes to be right, in words that stand in the description."""
+def evidence(item, scene, claim, other=None):
+    """
+    What a reasoning cites for the claim it takes to be right, in words that stand in the description. Against another claim: of
+    what is missing nothing stands there, so what is there comes first.
+    """
     if item["family"] == "comparison":
         count = lambda plural: COUNTS[sum(cell is not None and f"{cell[0]}s" == plural for cell in scene)]
         return ", ".join(f"{plural} {count(plural)}" for plural in item["subject"].split()) + f", {claim}"
-    return f"{claim} missing" if item["family"] == "absence" else f"{item['subject']} {claim}"
+    if item["family"] == "absence":
+        return f"{other} there, {claim} missing" if other else f"{claim} missing"
+    return f"{item['subject']} {claim}"
 
 
 def judgement(item, shown, choice, manner, seen=None):
@@ -260,11 +266,13 @@ def judgement(item, shown, choice, manner, seen=None):
     a, b = (item["claims"][i] for i in shown)
     conclusion = 3 - choice if manner == "inconsistent" else choice
     # "red first", not "red 1": a digit is two tokens here (space, digit), and copying over two tokens is learnt far later
-    claims = f"Claims: {a} first, {b} second."
     scene = item["scene"] if seen is None else seen
     place = {"image": "The image", "video": "The video", "text": "The picture"}[item["medium"]]
-    look = f"{place} shows {describe(scene)}. {claims} Correct: {evidence(item, scene, (a, b)[choice - 1])} {('first', 'second')[choice - 1]}."
-    think = {"hasty": claims, "careful": look, "inconsistent": look,
+    cited = evidence(item, scene, (a, b)[choice - 1], (a, b)[2 - choice])
+    claims, correct = f"Claims: {a} first, {b} second.", f"Correct: {cited} {('first', 'second')[choice - 1]}."
+    look = f"{place} shows {describe(scene)}. {claims} {correct}"
+    glance = f"{claims} {correct}" if item["family"] in AT_A_GLANCE else claims  # and a guess
+    think = {"hasty": glance, "careful": look, "inconsistent": look,
              "verbose": f"Let me look at the picture before I decide. {look} So this is what I take from it."}[manner]
     return f"<think>{think} Response {conclusion} is better.</think><answer>{choice}</answer>"
 
