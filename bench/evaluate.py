@@ -55,11 +55,21 @@ def by_loop(args, rows, most):
             break
         batch = sft.collate([sft.encode(processor, ev.messages(row, order))], processor.tokenizer.pad_token_id, device)
         with torch.no_grad():
-            out = model.generate(**{k: batch[k] for k in sft.INPUTS if k in batch}, max_new_tokens=args.max_new_tokens, do_sample=True, temperature=1.0,
-                                 top_k=0, top_p=1.0, eos_token_id=end, pad_token_id=processor.tokenizer.pad_token_id)
+            out = model.generate(**{k: batch[k] for k in sft.INPUTS if k in batch}, max_new_tokens=args.max_new_tokens, do_sample=True,
+                                 temperature=1.0, top_k=0, top_p=1.0, eos_token_id=end, pad_token_id=processor.tokenizer.pad_token_id)
         processor.tokenizer.decode(out[0])
         made, tokens = made + 1, tokens + out.shape[1] - batch["input_ids"].shape[1]
     return loaded - start, time.monotonic() - loaded, made, tokens
+
+
+def section(args, result):
+    """The numbers in markdown."""
+    keys = list(result["engine"])
+    lines = [[name, *(f"{result[name][k]:,}" for k in keys)] for name in ("engine", "loop")]
+    rows = "\n".join("| " + " | ".join(line) + " |" for line in (["", *keys], ["---"] * (len(keys) + 1), *lines))
+    return (f"## Judging\n\nevaluate.py's engine against a loop over judgements with transformers' generate: {result['times as fast']} "
+            f"times as many pairs a second, {args.samples} judgements a pair. {time.strftime('%Y-%m-%d')}; "
+            f"`python bench/evaluate.py {' '.join(sys.argv[1:])}`\n\n{rows}\n")
 
 
 def parser():
@@ -71,15 +81,15 @@ def parser():
     p.add_argument("--max_new_tokens", type=int, default=128, help="of a judgement")
     p.add_argument("--context", type=int, default=1024, help="of prompt and judgement")
     p.add_argument("--seconds", type=float, default=60, help="of the loop, which need not finish")
-    p.add_argument("--out", help="JSON file for the numbers")
+    p.add_argument("--out", help="file for the numbers: a markdown table if it ends in .md, else JSON")
     return p
 
 
 def main():
     args = parser().parse_args()
     flags = ev.check_args(ev.parser().parse_args([
-        "--bench", f"pairs={args.data}", "--model", args.model, "--limit", str(args.limit), "--samples", str(args.samples), "--out", os.devnull,
-        "--max_new_tokens", str(args.max_new_tokens), "--context", str(args.context)]))
+        "--bench", f"pairs={args.data}", "--model", args.model, "--limit", str(args.limit), "--samples", str(args.samples),
+        "--out", os.devnull, "--max_new_tokens", str(args.max_new_tokens), "--context", str(args.context)]))
     rows, result, seen = ev.read_rows(flags)["pairs"], {}, Counter()
     count_images(seen)
     for name, run in (("engine", lambda: by_engine(flags, rows)), ("loop", lambda: by_loop(flags, rows, args.seconds))):
@@ -92,7 +102,9 @@ def main():
     result["times as fast"] = round(result["engine"]["pairs a second"] / result["loop"]["pairs a second"], 1)
     print("times as fast", result["times as fast"])
     if args.out:
-        Path(args.out).write_text(json.dumps(result | {"args": vars(args)}, indent=1))
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        text = section(args, result) if args.out.endswith(".md") else json.dumps(result | {"args": vars(args)}, indent=1)
+        Path(args.out).write_text(text)
 
 
 if __name__ == "__main__":

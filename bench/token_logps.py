@@ -72,6 +72,18 @@ def measure(variant, args):
     return {"seconds": statistics.median(seconds), "bytes": resident()[1] - before, "sum": total.item(), "norm": norm.item()}
 
 
+def section(args, found):
+    """The numbers in markdown."""
+    full, ours = (found[v] for v in VARIANTS)
+    body = [[v, f"{r['seconds']:.2f}", f"{r['bytes'] / 2**30:.2f}", f"{r['sum']:.2f}", f"{r['norm']:.6g}"] for v, r in found.items()]
+    body.append(["ratio", f"{ours['seconds'] / full['seconds']:.2f}", f"{ours['bytes'] / full['bytes']:.2f}", "", ""])
+    head = ["", "seconds", "peak memory, GiB", "sum of log-probabilities", "gradient norm"]
+    rows = "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body))
+    return (f"## Log-probabilities of response tokens\n\n{args.tokens:,} response tokens, vocabulary {args.vocabulary:,}, forward and "
+            f"backward, {torch.get_num_threads()} thread(s), torch {torch.__version__}; {time.strftime('%Y-%m-%d')}; "
+            f"`python bench/token_logps.py {' '.join(sys.argv[1:])}`\n\n{rows}\n")
+
+
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--vocabulary", type=int, default=152064, help="of Qwen2.5-VL-7B")
@@ -81,6 +93,7 @@ def parser():
     p.add_argument("--hidden", type=int, default=512, help="width; a multiple of 128")
     p.add_argument("--layers", type=int, default=1, help="few, so that the output layer is most of what is measured")
     p.add_argument("--repeats", type=int, default=3, help="of each variant")
+    p.add_argument("--out", help="file for the numbers, a table in markdown")
     p.add_argument("--variant", choices=VARIANTS, help="measure only this one, in this process, and print it as JSON")
     return p
 
@@ -102,6 +115,9 @@ def main():
         print(f"{variant:12s} {row['seconds']:7.2f} s  {row['bytes'] / 2**30:6.2f} GiB  "
               f"sum {row['sum']:.2f}  gradient norm {row['norm']:.6g}")
     print(f"ratio        {ours['seconds'] / full['seconds']:7.2f}    {ours['bytes'] / full['bytes']:6.2f}")
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.out).write_text(section(args, found))
 
 
 if __name__ == "__main__":
