@@ -12,7 +12,7 @@ trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 sleep 3
 
 COMMON="@toy/rl.args --eval_data $OUT/data/test/pairs.jsonl --eval_n 600 --eval_every 10 --check_every 0"
-HARSH="--lr 4e-3 --train_batch 32 --epochs 4 --clip_grad 1e9 --steps 15"  # stale, saturated batches and no other safeguard
+HARSH="--lr 1e-3 --train_batch 24 --epochs 4 --clip_grad 1e9 --steps 10"  # 32 updates on each rollout, no bound on the gradient
 runs() {
     for seed in 0 1 2; do
         echo "$OUT/seeds/weight0.5-$seed --seed $seed"

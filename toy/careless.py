@@ -40,7 +40,8 @@ def main():
 
     model, processor = AutoModelForImageTextToText.from_pretrained(args.model), AutoProcessor.from_pretrained(args.model)
     rng = random.Random(f"{args.seed} careless")
-    seconds = pretrain.train(model, processor, lambda done: [careless(rng, args.wrong) for _ in range(32)], args.steps, lr_matrix=2e-3, lr=3e-4, log_every=20)
+    seconds = pretrain.train(model, processor, lambda done: [careless(rng, args.wrong) for _ in range(32)], args.steps, lr_matrix=2e-3,
+                             lr=3e-4, log_every=20)
     model.save_pretrained(args.out)
     processor.save_pretrained(args.out)
     print(f"{args.out}: {seconds:.0f} s")

@@ -27,7 +27,7 @@ def run_of(folder):
     rows = [row for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "step" in row]
     steps, held = [row for row in rows if "loss" in row], [row for row in rows if "eval_greedy" in row]
     if len(held) < 2:
-        sys.exit(f"{folder}: {len(held)} held-out accuracies in log.jsonl; two are needed, before and after: run it to its end with --eval_data")
+        sys.exit(f"{folder}: {len(held)} held-out accuracies in log.jsonl; legal: two, before and after; run it to its end with --eval_data")
     last, manners = steps[-1]["step"], {}
     for name, begin, end in (("first", 1, 5), ("last", last - 4, last)):
         said = [json.loads(line) for path in folder.glob("rollouts-*.jsonl") for line in path.read_text().splitlines()]
@@ -60,18 +60,20 @@ def table(settings):
         row(f"{title}, before, %", lambda runs: spread([run["held"][0][key] for run in runs], 100))
         row(f"{title}, after, %", lambda runs: spread([run["held"][-1][key] for run in runs], 100))
     row("format at temperature 1, after, %", lambda runs: spread([run["held"][-1]["eval_sampled_format"] for run in runs], 100))
-    for key, title in (("consistency", "consistency of right verdicts"), ("length", "length, tokens")):
+    for key, title, scale in (("consistency", "consistency of right verdicts, %", 100), ("length", "length, tokens", 1)):
         for which, at in (("first", 0), ("last", -1)):
-            row(f"{title}, {which} step", lambda runs: spread([run["steps"][at][key] for run in runs], *((100,) if key == "consistency" else ())))
+            row(f"{title}, {which} step", lambda runs: spread([run["steps"][at][key] for run in runs], scale))
     for manner in world.MANNERS:
         share = lambda run, when: 100 * run["manners"][when][manner] / max(1, run["manners"][when].total())
         row(f"{manner}, first five steps to last five, %", lambda runs: " to ".join(
             f"{statistics.fmean(share(run, when) for run in runs):.0f}" for when in ("first", "last")))
-    row("contradictions among descriptions, last five steps, %", lambda runs: spread([contradictions(run["manners"]["last"]) for run in runs], 100))
+    row("contradictions among descriptions, last five steps, %",
+        lambda runs: spread([contradictions(run["manners"]["last"]) for run in runs], 100))
     row("largest loss of a mini-batch", lambda runs: spread([run["loss_max"] for run in runs], 1, 2))
     row("largest |log ratio|", lambda runs: f"{max(run['log_ratio'] for run in runs):.1f}")
-    row("tokens pre-clipped, of all", lambda runs: f"{sum(run['preclipped'] for run in runs):.0f} of {sum(run['tokens'] for run in runs):.0f}")
-    row("judgements filtered, of all", lambda runs: f"{sum(run['filtered'] for run in runs):.0f} of {sum(run['judgements'] for run in runs):.0f}")
+    total = lambda runs, key: sum(run[key] for run in runs)
+    row("tokens pre-clipped, of all", lambda runs: f"{total(runs, 'preclipped'):.0f} of {total(runs, 'tokens'):.0f}")
+    row("judgements filtered, of all", lambda runs: f"{total(runs, 'filtered'):.0f} of {total(runs, 'judgements'):.0f}")
     row("steps skipped: gradient not finite", lambda runs: str(sum(run["skipped"] for run in runs)))
     row("seconds a run", lambda runs: spread([run["seconds"] for run in runs], 1, 0))
     return "\n".join(lines)

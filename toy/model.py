@@ -43,7 +43,8 @@ def corpus(seed=0, n=3000):
         yield JUDGING_PROMPT.format(question=item["question"], answer1=item["answers"][0], answer2=item["answers"][1])
         yield text
         yield CONSISTENCY_PROMPT.format(reasoning=text, choice=1) + " yes no Yes No"
-        yield "system\nYou are a helpful assistant.\nuser\nassistant\nWhat does the image show? What does the video show? What shows it? Which response claims equal? Repeat:"
+        yield ("system\nYou are a helpful assistant.\nuser\nassistant\nWhat does the image show? What does the video show? "
+               "What shows it? Which response claims equal? Repeat:")
 
 
 def make_tokenizer():

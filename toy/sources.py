@@ -71,7 +71,7 @@ MM_RLHF_REWARD_BENCH = {"mcq": 42, "long": 37, "short": 34, "safety": 32, "video
 
 # Rows at --scale 1, the broken ones apart: 9,600 pairs in the shares of Table 2. A prompt of VLFeedback counts as one pair,
 # its best answer against a worst one.
-TRAIN = {"RLAIF-V": 1835, "VLFeedback": 1970, "POVID": 421, "WildVision-Battle": 254,
+TRAIN = {"RLAIF-V": 1835, "VLFeedback": 1970, "POVID": 420, "WildVision-Battle": 254,
          "MM-RLHF": {"long": 1744, "short": 1962, "mcq": 352, "safety": 422}, "R1-Reward-RL": 320, "pairs": 320}
 TEST = {"VL-RewardBench": 600, "Multimodal-RewardBench": 600, "MM-RLHF-RewardBench": 170, "pairs": 1200}  # dev: half of it
 TASKS = {"train": 600, "test": 200}
@@ -319,6 +319,12 @@ def own(source, rows):
 # Benchmarks. The items of a set show their answers in one order, so that each slot is right in half of the rows exactly.
 
 
+def mixed(blocks, rng):
+    """Blocks of rows in random order, one list: any beginning of the file holds a bit of everything."""
+    rng.shuffle(blocks)
+    return [row for block in blocks for row in block]
+
+
 def vl_reward_bench(source, rows):
     hub, released = [], []
     for prefix, (share, query_source, families) in VL_REWARD_BENCH.items():
@@ -335,6 +341,8 @@ def vl_reward_bench(source, rows):
                             "ground_truth": item["claims"][right] if families is REASONED else ""})
                 released.append({"id": name, "prompt": question, "chosen": answers[right], "rejected": answers[1 - right],
                                  **media, "chosen_reason": "", "rejected_reason": ""})
+    both = mixed([list(zip(hub, released))[i:i + 2] for i in range(0, len(hub), 2)], source.rng)  # twins stay together
+    hub, released = ([row[k] for row in both] for k in (0, 1))
     source.parquet("data/test-00000-of-00001.parquet", hub, response="strings", image="image", human_ranking="ints",
                    models="strings")
     source.json("data.jsonl", released)
@@ -350,26 +358,27 @@ def multimodal_reward_bench(source, rows):
                 table.append({"ID": f"{prefix}_{number}", "Text": item["question"],
                               "Image": f"images/{prefix}/{number}.png", "Output1": item["answers"][0],
                               "Output2": item["answers"][1], "Better": f"Output{item['right'] + 1}", "Category": category})
-    source.json("data/all_data.json", table)
+    source.json("data/all_data.json", mixed([table[i:i + 2] for i in range(0, len(table), 2)], source.rng))
 
 
 def mm_rlhf_reward_bench(source, rows):
     """A set of n: n ids with n - 1 rows each; every ordered pair of its answers occurs once as (chosen, rejected)."""
-    table, number = [], FIRST[source.split]
+    sets, number = [], FIRST[source.split]
     for category, share in MM_RLHF_REWARD_BENCH.items():
         left = max(6, round(share * rows / sum(MM_RLHF_REWARD_BENCH.values())))
         while left >= 3:
             n = 4 if left >= 12 else 3
             left -= n * (n - 1)
+            sets.append([])
             for item in source.twins(MM_RLHF[category], n, "video" if category == "video" else "image"):
                 number += 1
                 _, media = source.save(item, f"{category}/{number}")
                 right = item["answers"][item["right"]]
-                table += [{"id": f"{number}_62{number}", **media, "prompt": item["question"], "chosen": right,
-                           "rejected": wrong, "chosen_reason": "The answer is correct.",
-                           "rejected_reason": "The answer is wrong."}
-                          for wrong in item["answers"] if wrong != right]
-    source.json("mm_reward_bench.jsonl", table)
+                sets[-1] += [{"id": f"{number}_62{number}", **media, "prompt": item["question"], "chosen": right,
+                              "rejected": wrong, "chosen_reason": "The answer is correct.",
+                              "rejected_reason": "The answer is wrong."}
+                             for wrong in item["answers"] if wrong != right]
+    source.json("mm_reward_bench.jsonl", mixed(sets, source.rng))
 
 
 def pairs(source, rows):

@@ -206,7 +206,8 @@ def questions_about(scene):
         for b in SHAPES:
             n = shapes.count(a), shapes.count(b)
             if a != b and sum(n):
-                found["comparison"].append((f"Which are more, {a}s or {b}s?", "equal" if n[0] == n[1] else f"{a}s" if n[0] > n[1] else f"{b}s"))
+                more = "equal" if n[0] == n[1] else f"{a}s" if n[0] > n[1] else f"{b}s"
+                found["comparison"].append((f"Which are more, {a}s or {b}s?", more))
     missing = [s for s in SHAPES if s not in shapes]
     if len(missing) == 1:
         found["absence"].append(("Which shape is missing?", missing[0]))
