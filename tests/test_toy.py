@@ -222,3 +222,38 @@ def test_vllm_and_transformers_agree_on_ids_and_log_probabilities(processor, tmp
             logp = model(**inputs).logits[0, -len(row["ids"]) - 1:-1].log_softmax(-1).gather(1, said.T)[:, 0]
         worst = max(worst, (logp - torch.tensor(row["logp"])).abs().max().item())
     assert 0 < worst < 1e-4
+
+
+# ---------------------------------------------------------------------------------------------------
+# runs side by side
+
+
+def written_run(folder, greedy, text):
+    """A run of two steps as rl.py logs it: 10 judgements a step, all the same text."""
+    folder.mkdir(parents=True)
+    step = {"loss": 0.1, "loss_max": 0.5, "log_ratio_max": 7.5, "length": 20.0, "samples": 10, "preclipped": 0.01, "filtered": 0.1, "skipped": 0,
+            "consistency": 0.5, "seconds": 2.0, "entropy": 0.1}
+    held = {"eval_n": 600, "eval_sampled": 0.5, "eval_sampled_format": 1.0}
+    rows = [{"args": {}}, {"step": 0, **held, "eval_greedy": 0.5}, {"step": 1, **step}, {"step": 2, **step, **held, "eval_greedy": greedy}]
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rollouts-0.jsonl").write_text("".join(json.dumps({"step": s, "text": text}) + "\n" for s in (1, 2) for _ in range(10)))
+
+
+def test_runs_side_by_side(tmp_path):
+    slip = "<think>The image shows circle red. Claims: red first, blue second. Response 1 is better.</think><answer>2</answer>"
+    glance = "<think>Claims: red first, blue second. Response 2 is better.</think><answer>2</answer>"
+    written_run(tmp_path / "a-0", 0.7, slip)
+    written_run(tmp_path / "a-1", 0.8, slip)
+    written_run(tmp_path / "b-0", 0.6, glance)
+    command = [sys.executable, "toy/compare.py", f"A={tmp_path}/a-", f"B={tmp_path}/b-", "--out", str(tmp_path / "both")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = {cells[1].strip(): [cell.strip() for cell in cells[2:4]]
+            for cells in (line.split("|") for line in (tmp_path / "both.md").read_text().splitlines())}
+    assert said["seeds"] == ["2", "1"] and said["greedy accuracy, after, %"] == ["75.0 ± 7.1", "60.0"]
+    assert said["contradictions among descriptions, last five steps, %"] == ["100.0 ± 0.0", "0.0"]
+    assert said["hasty, first five steps to last five, %"] == ["0 to 0", "100 to 100"]
+    assert said["tokens pre-clipped, of all"] == ["8 of 800", "4 of 400"] and said["judgements filtered, of all"] == ["4 of 40", "2 of 20"]
+    assert (tmp_path / "both.png").stat().st_size > 10_000
+    none = subprocess.run([*command[:2], f"A={tmp_path}/c-"], cwd=ROOT, capture_output=True, text=True)
+    assert none.returncode == 1 and "no run there" in none.stderr

@@ -1,39 +1,72 @@
 #!/usr/bin/env bash
-# The toy runs behind results/: seeds, the consistency weight (Table 7), and StableReinforce against Reinforce++ under harsh settings (Fig. 2).
-# After `make toy` (it needs its annotations and its cold start): toy/ablations.sh; about an hour on two cores, two runs at a time, one rank
-# each. Killed, it goes on where it stood. Reported on the test split, which chose no setting.
+# The toy runs behind results/, on two cores, two at a time, one rank and one thread each. After `make toy`, whose annotations, cold start
+# and reward model they take. Killed, it goes on where it stood. Reported on the test split, which chose no setting.
+#   toy/ablations.sh              all of it, about an hour
+#   toy/ablations.sh seeds        three seeds, and the consistency weight (Table 7)
+#   toy/ablations.sh harsh        StableReinforce against no pre-clip and no filter where training breaks (Fig. 2), five seeds
+#   toy/ablations.sh heads        the three kinds of reward model (Table 5)
+#   toy/ablations.sh downstream   a policy trained by the reward model and by a coin (Table 11), three seeds
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH=$PWD/.venv/bin:$PATH
 OUT=out/toy
+PARTS=${*:-seeds harsh heads downstream}
 export OMP_NUM_THREADS=1 TRANSFORMERS_VERBOSITY=error VLLM_LOGGING_LEVEL=ERROR HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore
-python toy/server.py --key $OUT/data/key.jsonl --port 8010 > $OUT/server.log 2>&1 &
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+python toy/server.py --key $OUT/data/key.jsonl --port 8010 > $OUT/server.log 2>&1 &
 sleep 3
 
-COMMON="@toy/rl.args --eval_data $OUT/data/test/pairs.jsonl --eval_n 600 --eval_every 10 --check_every 0"
-HARSH="--lr 1e-3 --train_batch 24 --epochs 4 --clip_grad 1e9 --steps 10"  # 32 updates on each rollout, no bound on the gradient
-runs() {
-    for seed in 0 1 2; do
-        echo "$OUT/seeds/weight0.5-$seed --seed $seed"
-        echo "$OUT/seeds/weight0-$seed --seed $seed --consistency_weight 0"
-    done
-    for seed in 0 1 2 3 4; do
-        echo "$OUT/harsh/stable-$seed --seed $seed $HARSH"
-        echo "$OUT/harsh/plain-$seed --seed $seed $HARSH --clip 0 --sigma 0"  # Reinforce++ with KL 0: neither pre-clip nor filter
-    done
+two() { # lines of: file that is there when it is done, command...; run two at a time
+    xargs -P 2 -L 1 bash -c '
+        done=$1; shift; folder=$(dirname "$done")
+        [ -e "$done" ] && exit 0
+        echo "\$ python $*"; mkdir -p "$folder"
+        # a run that its gradients stop is a result too
+        python "$@" > "$folder/screen.txt" 2>&1 || echo "$folder: $(tail -n 1 "$folder/screen.txt")"' two
 }
-one() { # folder, flags...
-    folder=$1; shift
-    if [ -e "$folder/curves.png" ]; then return; fi
-    echo "\$ python rl.py $COMMON --out $folder $*"
-    mkdir -p "$folder"
-    # a run that its gradients stop is a result too: compare.py reads what it logged
-    python rl.py $COMMON --out "$folder" "$@" > "$folder/screen.txt" 2>&1 || echo "$folder: $(tail -n 1 "$folder/screen.txt")"
-}
-export -f one
-export COMMON
-runs | xargs -P 2 -L 1 bash -c 'one "$@"' one
 
-python toy/compare.py "consistency weight 0.5=$OUT/seeds/weight0.5-" "weight 0=$OUT/seeds/weight0-" --out results/toy_rl
-python toy/compare.py "StableReinforce=$OUT/harsh/stable-" "no pre-clip, no filter=$OUT/harsh/plain-" --out results/toy_harsh
+seeds() {
+    for seed in 0 1 2; do for weight in 0.5 0; do
+        folder=$OUT/seeds/weight$weight-$seed
+        echo "$folder/curves.png rl.py @toy/rl.args $TEST --seed $seed --consistency_weight $weight --out $folder"
+    done; done | two
+    python toy/compare.py "consistency weight 0.5=$OUT/seeds/weight0.5-" "weight 0=$OUT/seeds/weight0-" --out results/toy_rl
+}
+
+harsh() { # 32 updates on each rollout, no bound on the gradient's norm
+    for seed in 0 1 2 3 4; do for kind in stable plain; do
+        folder=$OUT/harsh/$kind-$seed
+        [ $kind = stable ] && safe= || safe="--clip 0 --sigma 0"
+        echo "$folder/curves.png rl.py @toy/rl.args $TEST --seed $seed --lr 1e-3 --train_batch 24 --epochs 4 --clip_grad 1e9 --steps 6 $safe --out $folder"
+    done; done | two
+    python toy/compare.py "StableReinforce=$OUT/harsh/stable-" "no pre-clip, no filter=$OUT/harsh/plain-" --out results/toy_harsh
+}
+
+heads() {
+    python annotate.py @toy/annotate.args --mode critique
+    { echo "$OUT/scalar/config.json sft.py @toy/sft.args --head scalar --lr 1.5e-3 --out $OUT/scalar"
+      echo "$OUT/critic/config.json sft.py @toy/sft.args --head critic --lr 1.5e-3 --data $OUT/annotate/critic.jsonl --out $OUT/critic"; } | two
+    for model in scalar critic sft rl; do
+        echo "$OUT/heads/$model/table.md evaluate.py --model $OUT/$model --bench pairs=$OUT/data/test/pairs.jsonl --limit 600 --group family" \
+             "--temperature 0 --max_new_tokens 128 --context 1024 --page 0 --out $OUT/heads/$model"
+    done | two
+    for model in scalar critic sft rl; do sed -n '/^| *| overall/p; /^| one sample/p' $OUT/heads/$model/table.md; done
+}
+
+downstream() {
+    python toy/sources.py --out $OUT/held --seed 1  # other pictures
+    VLLM_CPU_KVCACHE_SPACE=1 python -m vllm.entrypoints.openai.api_server --model $OUT/rl --dtype float32 --enforce-eager \
+        --max-model-len 1024 --host 127.0.0.1 --port 8020 > $OUT/reward-model.log 2>&1 &
+    until python -c 'import urllib.request; urllib.request.urlopen("http://127.0.0.1:8020/health")' 2>/dev/null; do sleep 1; done
+    for seed in 0 1 2; do for judge in model random; do
+        folder=$OUT/grpo/$judge-$seed
+        echo "$folder/curves.png downstream_grpo.py @toy/downstream.args --eval_data $OUT/held/tasks/train.jsonl --eval_n 300 --eval_every 25" \
+             "--judge $judge --seed $seed --out $folder"
+    done; done | two
+    for judge in model random; do for seed in 0 1 2; do
+        echo "$judge $seed: $(grep -o '"eval_[a-z]*": [0-9.]*' $OUT/grpo/$judge-$seed/log.jsonl | tr -d '"' | paste -sd' ')"
+    done; done
+}
+
+TEST="--eval_data $OUT/data/test/pairs.jsonl --eval_n 600 --check_every 0"
+for part in $PARTS; do $part; done

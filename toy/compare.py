@@ -70,7 +70,7 @@ def table(settings):
     row("contradictions among descriptions, last five steps, %",
         lambda runs: spread([contradictions(run["manners"]["last"]) for run in runs], 100))
     row("largest loss of a mini-batch", lambda runs: spread([run["loss_max"] for run in runs], 1, 2))
-    row("largest |log ratio|", lambda runs: f"{max(run['log_ratio'] for run in runs):.1f}")
+    row("largest log ratio, either sign", lambda runs: f"{max(run['log_ratio'] for run in runs):.1f}")
     total = lambda runs, key: sum(run[key] for run in runs)
     row("tokens pre-clipped, of all", lambda runs: f"{total(runs, 'preclipped'):.0f} of {total(runs, 'tokens'):.0f}")
     row("judgements filtered, of all", lambda runs: f"{total(runs, 'filtered'):.0f} of {total(runs, 'judgements'):.0f}")
