@@ -383,7 +383,8 @@ def curves(folder, panels=PANELS):
     import matplotlib.pyplot as plt
 
     rows = [row for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "step" in row]
-    figure, axes = plt.subplots(2, 4, figsize=(16, 6.5), layout="constrained")
+    down, across = math.ceil(len(panels) / 4), min(4, len(panels))
+    figure, axes = plt.subplots(down, across, figsize=(4 * across, 3.25 * down), layout="constrained", squeeze=False)
     for axis, (title, names) in zip(axes.flat, panels.items()):
         for name in names:
             points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
