@@ -397,6 +397,7 @@ def parser():
     add = p.add_argument_group("log, checks, checkpoints").add_argument
     add("--eval_every", type=int, default=20, help="steps between held-out figures, with --eval_data")
     add("--save_every", type=int, default=20, help="steps between checkpoints; there is one at the end; 0 = only that")
+    add("--tracker", choices=["none", "tensorboard", "wandb"], default="none", help="log there as well; it must be installed")
     add("--check_every", type=int, default=20, help="steps between comparisons of vLLM and the trainer; 0 = never")
     p.set_defaults(model="Qwen/Qwen2.5-VL-3B-Instruct", algo="grpo", samples=8, passes=1.0,  # C.9
                    train_batch=2048,  # one update a rollout (ours)
@@ -428,7 +429,7 @@ def main():
         raise Unusable(f"--out {out} holds another run: {', '.join(differs)}; go on with its flags, or choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     keep_rows(out / f"rollouts-{rank}.jsonl", first)
-    log = Log(out, header(args, world, device) | {"tasks": len(tasks), "held_out": reduced(len(held)) / tp}, first, steps)
+    log = Log(out, header(args, world, device) | {"tasks": len(tasks), "held_out": reduced(len(held)) / tp}, first, steps, args.tracker)
 
     def shown(step):  # this rank's share of the global batch
         batch = shown_pairs(tasks, step, args)

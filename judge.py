@@ -138,6 +138,7 @@ class ConsistencyJudge:
         finally:
             watch.cancel()
             work.cancel()
+            await asyncio.gather(watch, work, return_exceptions=True)  # both are seen to end: nothing complains at exit
         says = [None if q is None else parse_consistency(self.cache.get(q)) for q in questions]
         self.counts["unparsable"] += sum(s is None and self.cache.get(q) is not None for q, s in zip(questions, says))
         return says

@@ -82,7 +82,8 @@ def main():
     text += ["", "| stage | seconds |", "|---|---:|", *(f"| {path.name} | {path.read_text().strip()} |" for path in done),
              f"| all | {sum(int(path.read_text()) for path in done)} |", "",
              f"{os.cpu_count()} cores, {processor()}, Python {platform.python_version()}.", "",
-             f"Figures: {out}/sft/curves.png, {out}/rl/curves.png, {out}/eval-rl/scaling.png. Judgements to read: {out}/eval-rl/page.html."]
+             f"Figures: {out}/sft/curves.png, {out}/rl/curves.png, {out}/eval-rl/scaling.png. Judgements to read: {out}/eval-rl/page.html. "
+             f"Every group of every benchmark: {out}/eval-*/table.md."]
     if (out / "sft" / "log.jsonl").exists():
         curves(out / "sft", SFT)
     (out / "report.md").write_text("\n".join(text) + "\n")
