@@ -414,9 +414,11 @@ def test_replies_that_are_none_and_refusals_of_each_kind():
     body = lambda **message: json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}).encode()
     texts = [annotate.completion(b) for b in (body(content="hi"), body(content=None, refusal="no"), body(content=None), body())]
     assert [t["text"] for t in texts] == ["hi", "no", "", ""] and texts[0]["tokens"] == [0, 0]
-    likely = lambda *tokens: {"content": [{"top_logprobs": [{"token": t, "logprob": -i} for i, t in enumerate(tokens)]}]}
+    likely = lambda *tokens: {"content": [{"token": tokens[0],
+                                           "top_logprobs": [{"token": t, "logprob": -i} for i, t in enumerate(tokens)]}]}
     body_with = lambda logprobs: json.dumps({"choices": [{"message": {"content": "1"}, "logprobs": logprobs}]}).encode()
-    assert annotate.completion(body_with(likely("1", " 1")))["likeliest"] == [{"1": 0.0, " 1": -1.0}]
+    found = annotate.completion(body_with(likely("1", " 1")))
+    assert found["said"] == ["1"] and found["likeliest"] == [{"1": 0.0, " 1": -1.0}]
     assert "likeliest" not in texts[0] and annotate.completion(body_with({"content": [{"token": "1"}]})) is None
     for none in (b"", b"<html>", b"[]", b"null", b'{"error": {}}', b'{"choices": []}', b'{"choices": null}', body(content="x")[:-9],
                  b'{"choices": [{}]}', body(content=[1]), b"\xff\xfe"):
