@@ -202,11 +202,12 @@ json.dump([dict(text=text, image=image.tolist(), prompt=list(o.prompt_token_ids)
 """
 
 
-def test_vllm_and_transformers_agree_on_ids_and_log_probabilities(processor, tmp_path):
+def test_vllm_and_transformers_agree_on_ids_and_log_probabilities(tmp_path):
     """The same picture and prompt: the same token ids, and each sampled token's log-probability to 1e-4."""
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
     folder = ROOT / "toy/base"
+    processor = AutoProcessor.from_pretrained(folder)
     done = subprocess.run([sys.executable, "-c", ENGINE, folder, tmp_path / "said.json"], cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
