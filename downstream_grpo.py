@@ -54,9 +54,9 @@ import torch
 
 from annotate import Unanswered, Unusable, as_sent, keep, locate, messages, table_rows, turn
 from judge import ConsistencyJudge, coin
-from rl import (FREE, advantages_of, assert_same, curves, keep_rows, loop_flags, loss_function, mismatch, old_logps, prepare,
-                rewards_or_stop, rollout, seed_of, shown_pairs, train_step, validate)
-from sft import Log, encode, header, load_checkpoint, read_media, reduced, save_checkpoint, save_policy, setup
+from rl import (advantages_of, assert_same, curves, loop_flags, loss_function, mismatch, old_logps, prepare, resumed, rewards_or_stop,
+                rollout, seed_of, shown_pairs, train_step, validate)
+from sft import Log, encode, header, read_media, reduced, save_checkpoint, save_policy, setup
 from stable_reinforce import parse
 
 # ---------------------------------------------------------------------------------------------------
@@ -421,14 +421,7 @@ def main():
     loss, mean = loss_function(args)
     updates = args.rollout_batch * args.samples // args.train_batch
     steps = args.steps or math.ceil(args.passes * len(tasks) / args.rollout_batch)
-    first, state = load_checkpoint(out / "checkpoints", trainer)
-    recipe = {k: v for k, v in vars(args).items() if k not in FREE}
-    state = state or {"skipped": 0, "recipe": recipe}
-    if state["recipe"] != recipe:
-        differs = [f"--{k} {v} (there: {state['recipe'].get(k)})" for k, v in recipe.items() if v != state["recipe"].get(k)]
-        raise Unusable(f"--out {out} holds another run: {', '.join(differs)}; go on with its flags, or choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    keep_rows(out / f"rollouts-{rank}.jsonl", first)
+    first, state = resumed(out, trainer, args, rank)
     log = Log(out, header(args, world, device) | {"tasks": len(tasks), "held_out": reduced(len(held)) / tp}, first, steps, args.tracker)
 
     def shown(step):  # this rank's share of the global batch

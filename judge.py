@@ -12,8 +12,8 @@ parse_consistency); 3) "no" earns 0, not -1; 4) the judge is told the last 100 w
 
 Start the judge with vLLM, on a GPU of its own, and score a file of judgements (rows with "text" and perhaps "label", 0 or 1):
 $ python -m vllm.entrypoints.openai.api_server --model Qwen/Qwen2.5-VL-7B-Instruct --host 127.0.0.1 --port 8000 --max-model-len 4096
-$ python judge.py --judge_url http://127.0.0.1:8000/v1 --data out/rl/rollouts.jsonl --out out/consistency.jsonl
-$ python judge.py --judge rule --data out/rl/rollouts.jsonl
+$ python judge.py --judge_url http://127.0.0.1:8000/v1 --data out/rl/rollouts-0.jsonl --out out/consistency.jsonl
+$ python judge.py --judge rule --data out/rl/rollouts-0.jsonl
 """
 import argparse
 import asyncio

@@ -26,7 +26,7 @@ Only the comparison of the two engines, before and after syncs:
 $ python rl.py --check --model out/sft --data data/rl.jsonl
 
 Reads  --model (see sft.py), --data (pairs, see annotate.py).
-Writes --out: the model, log.jsonl (a row a step), rollouts.jsonl (judgements with their rewards), curves.png, checkpoints/.
+Writes --out: the model, log.jsonl (a row a step), rollouts-*.jsonl (judgements with their rewards), curves.png, checkpoints/.
 """
 import argparse
 import functools
@@ -360,16 +360,6 @@ def held_out(engine, processor, pairs, args):
     return out | {"eval_n": n}
 
 
-def keep_rows(path, step):
-    """Drops what a killed run had written beyond the checkpoint it resumes from."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        part = path.with_suffix(".part")
-        part.write_text("".join(kept), encoding="utf-8")
-        os.replace(part, path)
-
-
 PANELS = {"rewards": ["result", "consistency", "format"], "held-out accuracy": ["eval_greedy", "eval_sampled"],
           "length, tokens": ["length", "length_max"], "loss": ["loss"], "entropy": ["entropy"],
           "largest |log ratio| before pre-clip": ["log_ratio_max"],
@@ -406,9 +396,32 @@ def shown_pairs(pairs, step, args):
     return batch
 
 
-# flags that may change between a run and its continuation
+# flags that may change between a run and its continuation: see resumed()
 FREE = {"out", "steps", "passes", "eval_data", "eval_n", "eval_every", "save_every", "save_best", "tracker", "check", "check_every",
         "micro_tokens", "memory", "attn", "recompute", "judge_url", "judge_concurrency", "judge_timeout", "judge_retries", "judge_patience"}
+
+
+def keep_rows(path, step):
+    """Drops what a killed run had written beyond the checkpoint it resumes from."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        part = path.with_suffix(".part")
+        part.write_text("".join(kept), encoding="utf-8")
+        os.replace(part, path)
+
+
+def resumed(out, trainer, args, rank):
+    """(steps done, state): of the last checkpoint in --out, which only the same flags may continue, or of a new run."""
+    first, state = load_checkpoint(out / "checkpoints", trainer)
+    recipe = {k: v for k, v in vars(args).items() if k not in FREE}
+    state = state or {"best": -1.0, "skipped": 0, "recipe": recipe}
+    if state["recipe"] != recipe:
+        differs = [f"--{k} {v} (there: {state['recipe'].get(k)})" for k, v in recipe.items() if v != state["recipe"].get(k)]
+        raise Unusable(f"--out {out} holds another run: {', '.join(differs)}; go on with its flags, or choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    keep_rows(out / f"rollouts-{rank}.jsonl", first)
+    return first, state
 
 
 @functools.lru_cache(2)
@@ -570,14 +583,7 @@ def main():
     loss, mean = loss_function(args)
     updates = args.rollout_batch * args.samples // args.train_batch
     steps = args.steps or math.ceil(args.passes * len(pairs) * (2 if args.both_orders else 1) / args.rollout_batch)
-    first, state = load_checkpoint(out / "checkpoints", trainer)
-    recipe = {k: v for k, v in vars(args).items() if k not in FREE}
-    state = state or {"best": -1.0, "skipped": 0, "recipe": recipe}
-    if state["recipe"] != recipe:
-        differs = [f"--{k} {v} (there: {state['recipe'].get(k)})" for k, v in recipe.items() if v != state["recipe"].get(k)]
-        raise Unusable(f"--out {out} holds another run: {', '.join(differs)}; go on with its flags, or choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    keep_rows(out / f"rollouts-{rank}.jsonl", first)
+    first, state = resumed(out, trainer, args, rank)
     log = Log(out, header(args, world, device) | {"pairs": len(pairs), "held_out": len(held)}, first, steps, args.tracker)
 
     def shown(step):  # this rank's share of the global batch, as rows of the engine; read while the step before still trains
