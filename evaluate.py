@@ -56,7 +56,7 @@ import torch
 from annotate import (JUDGING_PROMPT, Endpoint, Unanswered, Unusable, as_sent, at_least, check_pair, data_url, each_pair, frames,
                       keep, locate, located_lines, messages, table_rows, turn)
 from annotate import table as markdown
-from sft import HF, collate, critique_of, encode, load_policy, micro_batches, read_media
+from sft import HF, collate, critique_of, encode, for_vllm, load_policy, micro_batches, read_media
 from stable_reinforce import parse
 
 # ---------------------------------------------------------------------------------------------------
@@ -392,13 +392,8 @@ def engine(args):
 
     def request(job):
         turns = messages(job.row, job.order)
-        images, videos, about = read_media(processor, turns)  # already in the size that the model sees
-        data = {"image": images} if images else {}
-        if videos:
-            shots = [video.permute(0, 2, 3, 1).numpy().astype("uint8") for video in videos]
-            data["video"] = [(s, m | {"do_sample_frames": False}) for s, m in zip(shots, about)]
         prompt = {"prompt": processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)}
-        prompt |= {"multi_modal_data": data, "mm_processor_kwargs": {"do_resize": False}} if data else {}
+        prompt |= for_vllm(*read_media(processor, turns))
         return prompt, SamplingParams(n=job.count, temperature=args.temperature, max_tokens=args.max_new_tokens, seed=seed_of(job, args),
                                       logprob_token_ids=digits, flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY)
 

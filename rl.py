@@ -46,8 +46,8 @@ import torch
 
 from annotate import Unusable, messages, read_pairs, swap
 from judge import ConsistencyJudge, JudgeDead
-from sft import (HF, Log, barred, collate, encode, gathered, header, load_checkpoint, load_policy, make_engine, micro_batches, read_media,
-                 reduced, save_checkpoint, save_policy, setup, token_logps, update)
+from sft import (HF, Log, barred, collate, encode, for_vllm, gathered, header, load_checkpoint, load_policy, make_engine, micro_batches,
+                 read_media, reduced, save_checkpoint, save_policy, setup, token_logps, update)
 from stable_reinforce import ALGORITHMS, KL, advantages, final_reward, format_reward, parse, result_reward, returns_to_go
 
 # ---------------------------------------------------------------------------------------------------
@@ -84,15 +84,9 @@ class VLLM:
 
         asked = []
         for row in prompts:
-            images, videos, metadata = row["media"]
             # one pad an image: vLLM itself multiplies them, whatever it is given
             ids = [t for t, before in zip(row["prompt"], [None, *row["prompt"]]) if not (t in self.pads and t == before)]
-            media = {"image": images} if images else {}
-            if videos:
-                frames = [video.permute(0, 2, 3, 1).numpy().astype("uint8") for video in videos]
-                media["video"] = [(f, dict(about, do_sample_frames=False)) for f, about in zip(frames, metadata)]
-            pictures = {"multi_modal_data": media, "mm_processor_kwargs": {"do_resize": False}} if media else {}
-            asked.append({"prompt_token_ids": ids, **pictures})
+            asked.append({"prompt_token_ids": ids, **for_vllm(*row["media"])})
         common = dict(n=n, temperature=temperature, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0, max_tokens=max_tokens,
                       logprobs=0 if logps else None, detokenize=False, logit_bias=self.bias, stop_token_ids=[self.eos])
         outputs = self.llm.generate(asked, [SamplingParams(seed=s, **common) for s in seeds], use_tqdm=False)

@@ -289,6 +289,15 @@ def read_media(processor, turns):
     return images, frames and list(frames), metadata and list(metadata)
 
 
+def for_vllm(images, videos, metadata):
+    """read_media's -> the part of a vLLM prompt that holds them: sized and sampled already."""
+    data = {"image": images} if images else {}
+    if videos:
+        frames = [video.permute(0, 2, 3, 1).numpy().astype("uint8") for video in videos]
+        data["video"] = [(f, about | {"do_sample_frames": False}) for f, about in zip(frames, metadata)]
+    return {"multi_modal_data": data, "mm_processor_kwargs": {"do_resize": False}} if data else {}
+
+
 def length(row):
     return len(row["prompt"]) + len(row["response"])
 
