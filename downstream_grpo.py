@@ -5,7 +5,7 @@ GRPO trains it on who won.
     1. rollout        8 answers a prompt, sampled by vLLM from this very policy, at temperature 1, --chunk prompts at a time
     2. score          all 8 x 7 ordered pairs of a prompt's answers go to the reward model (while the next chunk is sampled)
     3. advantages     GRPO: against the other answers of the same prompt
-    4. to 6.          old log-probs, update, sync: rl.py's
+    4. to 8.          old log-probs, update, sync, comparison of the engines: rl.py's
 
 The reward. p_ij is the reward model's verdict for r_i when the pair is shown as (r_i, r_j): with --verdict reason 1 or 0, read
 from the reasoning it writes; with --verdict token the share of "1" in the probabilities of "1" and "2" after an empty thought,
@@ -40,11 +40,9 @@ import argparse
 import json
 import math
 import os
-import random
 import re
 import shlex
 import sys
-import time
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -54,9 +52,9 @@ import torch
 
 from annotate import Unanswered, Unusable, as_sent, keep, locate, messages, table_rows, turn
 from judge import ConsistencyJudge, coin
-from rl import (advantages_of, assert_same, curves, loop_flags, loss_function, mismatch, old_logps, prepare, resumed, rewards_or_stop,
-                rollout, seed_of, shown_pairs, train_step, validate)
-from sft import Log, encode, header, read_media, reduced, save_checkpoint, save_policy, setup
+from rl import (FREE, Clock, advantages_of, compare, compare_now, learn, loop_flags, mini_batches, old_logps, prepare, rewards_or_stop,
+                rollout, sample, seed_of, share, validate)
+from sft import Log, curves, encode, header, read_media, reduced, resumed, save_checkpoint, save_policy, setup
 from stable_reinforce import parse
 
 # ---------------------------------------------------------------------------------------------------
@@ -323,8 +321,9 @@ def held_out(engine, processor, tasks, judge, state, args, save):
     return out | {"eval_win": won / max(1, n), "eval_changed": changed / max(1, n), "eval_n": n}
 
 
-def summary(rows, rewards, parts, totals, sums, top, seconds, judge):
+def summary(rows, rewards, parts, updates, seconds, judge):
     """The row of the log: means over all ranks' answers, prompts or duels, as each key has it."""
+    totals, sums, top = updates
     each = lambda key: [v for part in parts for v in (part[key] if isinstance(part[key], list) else [part[key]])]
     means = {key: each(key) for key in ("distinct", "spread", "flat", "judge_right", "ring_rank")}  # of prompts; of duels; of prompts
     means |= {"reward": rewards.tolist(), "exact": torch.cat(each("exact")).tolist(), "length": [len(row["response"]) for row in rows],
@@ -418,83 +417,49 @@ def main():
     engine, trainer, processor, reference = prepare(args, rank, world, device)
     policy, pad = trainer.module, processor.tokenizer.pad_token_id
     judge, loader = Duels(args, args.seed), ThreadPoolExecutor(1)
-    loss, mean = loss_function(args)
-    updates = args.rollout_batch * args.samples // args.train_batch
     steps = args.steps or math.ceil(args.passes * len(tasks) / args.rollout_batch)
-    first, state = resumed(out, trainer, args, rank)
+    first, state = resumed(out, trainer, args, FREE, skipped=0)
     log = Log(out, header(args, world, device) | {"tasks": len(tasks), "held_out": reduced(len(held)) / tp}, first, steps, args.tracker)
-
-    def shown(step):  # this rank's share of the global batch
-        batch = shown_pairs(tasks, step, args)
-        size = len(batch) // groups
-        return [(group * size + i, task, prompt(processor, task)) for i, task in enumerate(batch[group * size:(group + 1) * size])]
-
-    coming = loader.submit(shown, first)
+    coming = lambda step: loader.submit(share, tasks, step, args, rank, world, lambda task: prompt(processor, task))
+    ahead = coming(first)
     if first or device.type == "cuda":
         engine.sync(policy)  # vLLM has the weights of --model
     if held and not first:
         log.row(0, **held_out(engine, processor, held, judge, state, args, lambda: None))
 
     for step in range(first, steps):
-        seconds, clock = {}, [time.perf_counter()]
+        clock, compared = Clock(), compare_now(step, first, args)
         save = lambda: save_checkpoint(out / "checkpoints", trainer, step, state)
 
-        def lap(name):
-            clock.append(time.perf_counter())
-            seconds[name] = clock[-1] - clock[-2]
-
         # 1. and 2. rollout; the reward model judges a chunk while the next is sampled, all by the same weights
-        compared = args.engine == "vllm" and args.check_every and (step == first + 1 or step % args.check_every == 0)
-        batch, rows, pending = coming.result(), [], []
-        coming = loader.submit(shown, step + 1)
-        for at in range(0, len(batch), args.chunk):
-            places, mine, prompts = zip(*batch[at:at + args.chunk])
-            seeds = [seed_of(args.seed, step, place) for place in places]
-            new = rollout(engine, processor, mine, prompts, seeds, args.samples, 1.0, args.max_new_tokens,
-                          logps=bool(compared or args.tis or args.old_logps == "vllm"))
-            for i, row in enumerate(new):
-                row |= {"group": places[i // args.samples], "place": places[0] * args.samples + i}
-            new = [row for row in new if row["group"] % tp == rank % tp]  # the ranks of one engine sampled the same
+        mine, ahead, rows, pending = ahead.result(), coming(step + 1), [], []
+        for at in range(0, len(mine), args.chunk):
+            new = sample(engine, processor, mine[at:at + args.chunk], step, args, rank, compared)
             pending.append(score(new, judge, args))
             rows += new
-        lap("rollout")
-        checked = {}
-        if compared:
-            checked = dict(zip(("mismatch", "mismatch_max"), mismatch(trainer, processor, rows, device, args.micro_tokens)))
-            assert_same(*checked.values(), device, step)
+        clock("rollout")
+        checked = compare(trainer, processor, rows, step, args, device) if compared else {}
         engine.sleep()
 
-        # 4. old log-probabilities, of all but the first mini-batch
-        order = list(range(args.rollout_batch * args.samples))
-        random.Random(f"{args.seed} {step} mini-batches").shuffle(order)
-        batch_of = {place: i // args.train_batch for i, place in enumerate(order)}
-        k1 = args.kl_coef and args.kl == "k1"
-        old_logps(rows, [row for row in rows if k1 or batch_of[row["place"]]], trainer, reference, args, pad, device)
-        lap("old_logps")
+        # 3. to 6. as in rl.py
+        batches = mini_batches(rows, step, args)
+        old_logps(batches, trainer, reference, args, pad, device)
+        clock("old_logps")
         found = rewards_or_stop(lambda: [part for finish in pending for part in finish()], save)
         rewards, parts = torch.cat([r for r, _ in found]), [part for _, part in found]
-        lap("judge")
-
-        # 3. and 5. advantages, update
+        clock("judge")
         advantages_of(rows, rewards, args)
-        totals, sums, top = [], Counter(), Counter()
-        for u in range(updates * args.epochs):
-            batch = [row for row in rows if batch_of[row["place"]] == u % updates]
-            lr = args.lr * min(1, (step * updates * args.epochs + u + 1) / (args.warmup + 1))
-            totals.append(train_step(trainer, batch, loss, mean, args, pad, device, lr, sums, top))
-            state["skipped"] = 0 if math.isfinite(totals[-1][1]) else state["skipped"] + 1
-            if state["skipped"] == 3:
-                sys.exit(f"downstream_grpo.py: step {step + 1}: three gradients in a row not finite; likely: --lr {args.lr} is too high")
-        lap("update")
+        updates = learn(trainer, batches, step, state, args, pad, device)
+        clock("update")
 
-        # 6. sync
+        # 7. sync
         engine.sync(policy)
-        lap("sync")
+        clock("sync")
         done, figures = step + 1, {}
         if held and (done % args.eval_every == 0 or done == steps):
             figures = held_out(engine, processor, held, judge, state, args, save)
         keep_rollouts(out / f"rollouts-{rank}.jsonl", done, rows, rewards, parts)
-        log.row(done, **summary(rows, rewards, parts, totals, sums, top, seconds, judge), **checked, **figures)
+        log.row(done, **summary(rows, rewards, parts, updates, clock.seconds, judge), **checked, **figures)
         if done == steps or args.save_every and done % args.save_every == 0:
             save_checkpoint(out / "checkpoints", trainer, done, state)
 

@@ -17,7 +17,6 @@ $ python judge.py --judge rule --data out/rl/rollouts-0.jsonl
 """
 import argparse
 import asyncio
-import concurrent.futures
 import hashlib
 import json
 import re

@@ -2,11 +2,13 @@
 Stage 3: StableReinforce (section 3). The model judges pairs, is rewarded by Eq. 2, and learns from its own judgements.
 
     1. rollout        one judgement a pair (or --samples), sampled by vLLM from this very policy, at temperature 1
-    2. score          format and result by rule, consistency by the judge model; Eq. 2 (the judge works while 4 does)
-    3. advantages     z-scores over the global batch; beyond 3 sigma they are dropped
-    4. old log-probs  by the trainer; those of the first mini-batch are the update's own
-    5. update         mini-batches of pre-clipped PPO; two of 128 in a rollout of 256, since before the first nothing can clip
-    6. sync           the weights stream into vLLM, one parameter at a time
+    2. score          format and result by rule, consistency by the judge model (which works while 3 does)
+    3. old_logps      by the trainer; those of the first mini-batch are the update's own
+    4. final_reward   Eq. 2
+    5. advantages     z-scores over the global batch; beyond 3 sigma they are dropped
+    6. learn          mini-batches of pre-clipped PPO; two of 128 in a rollout of 256, since before the first nothing can clip
+    7. sync           the weights stream into vLLM, one parameter at a time
+    8. compare        now and then: are the two engines the same policy?
 
 The mathematics is in stable_reinforce.py; this file moves data. Differs from the authors' released code:
 1) the update sees the image (released: rollouts and reference do, the policy that is trained does not)
@@ -43,11 +45,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from annotate import Unusable, messages, read_pairs, swap
-from judge import ConsistencyJudge, JudgeDead
-from sft import (HF, Log, barred, collate, encode, for_vllm, gathered, header, load_checkpoint, load_policy, make_engine, micro_batches,
-                 read_media, reduced, save_checkpoint, save_policy, setup, token_logps, update)
+from judge import ConsistencyJudge
+from sft import (HF, Log, barred, collate, curves, encode, for_vllm, gathered, header, load_policy, make_engine, micro_batches, read_media,
+                 reduced, resumed, save_checkpoint, save_policy, setup, token_logps, update)
 from stable_reinforce import ALGORITHMS, KL, advantages, final_reward, format_reward, parse, result_reward, returns_to_go
 
 # ---------------------------------------------------------------------------------------------------
@@ -146,6 +149,44 @@ def rollout(engine, processor, pairs, prompts, seeds, n, temperature, max_tokens
     return rows
 
 
+def shown_pairs(pairs, step, args):
+    """The global batch of a step: rollout_batch pairs as they are shown; every pass over the data has its own order."""
+    unit = 2 if args.both_orders else 1  # neighbours: a pair and its swap
+    count, batch = args.rollout_batch // unit, []
+    for i in range(step * count, (step + 1) * count):
+        order = permutation(len(pairs), args.seed, i // len(pairs))
+        pair = pairs[order[i % len(pairs)]]
+        batch += [pair, swap(pair)] if args.both_orders else [pair]
+    return batch
+
+
+@functools.lru_cache(2)
+def permutation(n, seed, epoch):
+    order = list(range(n))
+    random.Random(f"{seed} {epoch} pairs").shuffle(order)
+    return order
+
+
+def share(pairs, step, args, rank, world, prompt):
+    """This rank's part of a step's global batch: [(place in the batch, pair, what the engine reads), ...]."""
+    batch = shown_pairs(pairs, step, args)
+    group, size = rank // args.tensor_parallel, len(batch) // (world // args.tensor_parallel)
+    return [(place, batch[place], prompt(batch[place])) for place in range(group * size, (group + 1) * size)]
+
+
+def sample(engine, processor, mine, step, args, rank, logps):
+    """A share() -> rows of rollout(), each with its place among the step's samples and its group, the place of its pair."""
+    places, pairs, prompts = zip(*mine)
+    seeds = [seed_of(args.seed, step, place) for place in places]
+    rows = rollout(engine, processor, pairs, prompts, seeds, args.samples, 1.0, args.max_new_tokens,
+                   logps or args.tis or args.old_logps == "vllm")
+    for i, row in enumerate(rows):
+        row |= {"group": places[i // args.samples], "place": places[0] * args.samples + i}
+    # the ranks of one engine sampled the same: each trains on its part
+    unit, tp = args.samples * (2 if args.both_orders else 1), args.tensor_parallel
+    return [row for row in rows if row["place"] // unit % tp == rank % tp]
+
+
 # ---------------------------------------------------------------------------------------------------
 # 2. Score
 
@@ -192,7 +233,7 @@ def keep_rollouts(path, step, rows, rewards, parts):
 
 
 # ---------------------------------------------------------------------------------------------------
-# 3. to 5.: advantages, old log-probabilities, update
+# 3. to 6.: old log-probabilities, advantages, update
 
 
 @torch.no_grad()
@@ -212,6 +253,29 @@ def padded(lines, like):
     for i, line in enumerate(lines):
         out[i, :len(line)] = line
     return out
+
+
+def mini_batches(rows, step, args):
+    """This rank's rows of each mini-batch of a rollout. Which samples are together is the same on any number of ranks."""
+    order = list(range(args.rollout_batch * args.samples))
+    random.Random(f"{args.seed} {step} mini-batches").shuffle(order)
+    number = {place: i // args.train_batch for i, place in enumerate(order)}
+    return [[row for row in rows if number[row["place"]] == u] for u in range(len(order) // args.train_batch)]
+
+
+def old_logps(batches, trainer, reference, args, pad, device):
+    """Each row gets its old log-probabilities, except those whose update computes them anyway, and the reference's where there is one."""
+    rows = [row for batch in batches for row in batch]
+    if args.old_logps == "vllm":
+        for row in rows:
+            row["old"] = torch.tensor(row["sampled"], device=device)
+    else:  # k1 needs all of them before the first update
+        later = rows if args.kl_coef and args.kl == "k1" else rows[len(batches[0]):]
+        for row, logp in zip(later, logps_of(trainer, later, pad, device, args.micro_tokens)):
+            row["old"] = logp
+    if reference:
+        for row, logp in zip(rows, logps_of(reference, rows, pad, device, args.micro_tokens)):
+            row["reference"] = logp
 
 
 def reduce_sums(sums):
@@ -246,8 +310,9 @@ def loss_function(args):
     return functools.partial(loss, **options), mean
 
 
-def train_step(engine, rows, loss, mean, args, pad, device, lr, sums, top):
+def train_step(engine, rows, args, pad, device, lr, sums, top):
     """One optimizer step on this rank's rows of a mini-batch. Returns (loss, gradient norm); adds statistics to sums, maxima to top."""
+    loss, mean = loss_function(args)
     # the normalisers: response tokens, or judgements, of the mini-batch on ALL ranks
     tokens, count = reduced([sum(len(row["response"]) for row in rows), len(rows)])
     norm = max(1.0, count if mean == "sequences" else tokens)
@@ -278,8 +343,23 @@ def train_step(engine, rows, loss, mean, args, pad, device, lr, sums, top):
     return update(engine, micro_batches([[row] for row in rows], args.micro_tokens), loss_of, lr)
 
 
+def learn(trainer, batches, step, state, args, pad, device):
+    """The updates of a rollout. Returns their (loss, gradient norm), and sums and maxima of what else is known of them."""
+    totals, sums, top = [], Counter(), Counter()
+    for u in range(len(batches) * args.epochs):
+        batch = batches[u % len(batches)]
+        lr = args.lr * min(1, (step * len(batches) * args.epochs + u + 1) / (args.warmup + 1))
+        totals.append(train_step(trainer, batch, args, pad, device, lr, sums, top))
+        state["skipped"] = 0 if math.isfinite(totals[-1][1]) else state["skipped"] + 1
+        if state["skipped"] == 3:
+            torch.save(batch, Path(args.out, f"not-finite-{dist.get_rank()}.pt"))
+            sys.exit(f"{Path(sys.argv[0]).name}: step {step + 1}: three gradients in a row were not finite; likely: --lr {args.lr} is too "
+                     f"high; the last mini-batch is in {args.out}/not-finite-*.pt")
+    return totals, sums, top
+
+
 # ---------------------------------------------------------------------------------------------------
-# Are the two engines the same policy? (--check, the first sync, every --check_every steps)
+# 8. Are the two engines the same policy? (--check, the first sync, every --check_every steps)
 
 
 @torch.no_grad()
@@ -296,14 +376,29 @@ def bound_of(device):
     return 1e-5 if device.type == "cpu" else 0.05
 
 
+def compare(trainer, processor, rows, step, args, device):
+    """The mean and largest gap, for the log. Stops a run in which the engines are not the same policy."""
+    mean, worst = mismatch(trainer, processor, rows, device, args.micro_tokens)
+    if not mean <= bound_of(device):
+        raise RuntimeError(f"step {step}: vLLM and the trainer are not the same policy: their log-probabilities differ by {mean:.2e} "
+                           f"on average, {worst:.2e} at most; legal: a mean of {bound_of(device):g}. Likely: weights that did not reach "
+                           "vLLM (tied lm_head, vision tower), features cached before the sync, pictures of another size, another "
+                           "attention kernel or precision")
+    return {"mismatch": mean, "mismatch_max": worst}
+
+
+def compare_now(step, first, args):
+    return args.engine == "vllm" and args.check_every and (step == first + 1 or step % args.check_every == 0)
+
+
 def check(engine, trainer, processor, pairs, args, device, rank):
     """The comparison alone: as loaded, after every weight was moved and synced, and moved back. The same pictures throughout."""
     policy, table = trainer.module, []
     prompts = [prompt(processor, pair) for pair in pairs]
     seeds = [seed_of("check", i) for i in range(len(pairs))]
 
-    def compare(name):
-        rows = rollout(engine, processor, pairs, prompts, seeds, 1, 1.0, min(64, args.max_new_tokens), True)
+    def measure(name):
+        rows = rollout(engine, processor, pairs, prompts, seeds, 1, 1.0, min(64, args.max_new_tokens), logps=True)
         mean, worst = mismatch(trainer, processor, rows, device, args.micro_tokens)
         table.append((name, reduced(len(rows)), mean, worst))
 
@@ -315,12 +410,12 @@ def check(engine, trainer, processor, pairs, args, device, rank):
                     noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).to(p)
                     p.data += scale * p.data.float().std().nan_to_num().clamp_min(1e-3).to(p.dtype) * noise
 
-    compare("as loaded")
+    measure("as loaded")
     for name, scale in (("weights moved, synced", 0.05), ("moved back, synced", -0.05)):
         engine.sleep()
         shake(scale)
         engine.sync(policy)
-        compare(name)
+        measure(name)
     limit = bound_of(device)
     if rank == 0:
         print(f"{'log-probabilities, vLLM and trainer':36s} {'judgements':>10s} {'mean gap':>10s} {'max gap':>10s}   "
@@ -328,14 +423,6 @@ def check(engine, trainer, processor, pairs, args, device, rank):
         for name, n, mean, worst in table:
             print(f"{name:36s} {n:10.0f} {mean:10.2e} {worst:10.2e}   {'ok' if mean <= limit else 'NOT THE SAME POLICY'}")
     return all(mean <= limit for _, _, mean, _ in table)
-
-
-def assert_same(mean, worst, device, step):
-    if not mean <= bound_of(device):
-        raise RuntimeError(f"step {step}: vLLM and the trainer are not the same policy: their log-probabilities differ by {mean:.2e} "
-                           f"on average, {worst:.2e} at most; legal: a mean of {bound_of(device):g}. Likely: weights that did not reach "
-                           "vLLM (tied lm_head, vision tower), features cached before the sync, pictures of another size, another "
-                           "attention kernel or precision")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -360,69 +447,9 @@ PANELS = {"rewards": ["result", "consistency", "format"], "held-out accuracy": [
           "share of tokens": ["preclipped", "clipped_low", "clipped_high"], "share of judgements": ["filtered", "truncated"]}
 
 
-def curves(folder, panels=PANELS):
-    """log.jsonl -> curves.png, as Fig. 2 and 4: rewards, lengths, the loss and what the two safeguards did."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [row for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "step" in row]
-    down, across = math.ceil(len(panels) / 4), min(4, len(panels))
-    figure, axes = plt.subplots(down, across, figsize=(4 * across, 3.25 * down), layout="constrained", squeeze=False)
-    for axis, (title, names) in zip(axes.flat, panels.items()):
-        for name in names:
-            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-            axis.plot(*zip(*points), label=name, marker="." if len(points) < 30 else None) if points else None
-        axis.set(title=title, xlabel="step")
-        axis.legend(frameon=False) if axis.lines else None
-    figure.savefig(folder / "curves.png", dpi=110)
-    plt.close(figure)
-
-
-def shown_pairs(pairs, step, args):
-    """The global batch of a step: rollout_batch pairs as they are shown; every pass over the data has its own order."""
-    unit = 2 if args.both_orders else 1  # neighbours: a pair and its swap
-    count, batch = args.rollout_batch // unit, []
-    for i in range(step * count, (step + 1) * count):
-        order = permutation(len(pairs), args.seed, i // len(pairs))
-        pair = pairs[order[i % len(pairs)]]
-        batch += [pair, swap(pair)] if args.both_orders else [pair]
-    return batch
-
-
-# flags that may change between a run and its continuation: see resumed()
+# flags that may change between a run and its continuation
 FREE = {"out", "steps", "passes", "eval_data", "eval_n", "eval_every", "save_every", "save_best", "tracker", "check", "check_every",
         "micro_tokens", "memory", "attn", "recompute", "judge_url", "judge_concurrency", "judge_timeout", "judge_retries", "judge_patience"}
-
-
-def keep_rows(path, step):
-    """Drops what a killed run had written beyond the checkpoint it resumes from."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        part = path.with_suffix(".part")
-        part.write_text("".join(kept), encoding="utf-8")
-        os.replace(part, path)
-
-
-def resumed(out, trainer, args, rank):
-    """(steps done, state): of the last checkpoint in --out, which only the same flags may continue, or of a new run."""
-    first, state = load_checkpoint(out / "checkpoints", trainer)
-    recipe = {k: v for k, v in vars(args).items() if k not in FREE}
-    state = state or {"best": -1.0, "skipped": 0, "recipe": recipe}
-    if state["recipe"] != recipe:
-        differs = [f"--{k} {v} (there: {state['recipe'].get(k)})" for k, v in recipe.items() if v != state["recipe"].get(k)]
-        raise Unusable(f"--out {out} holds another run: {', '.join(differs)}; go on with its flags, or choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    keep_rows(out / f"rollouts-{rank}.jsonl", first)
-    return first, state
-
-
-@functools.lru_cache(2)
-def permutation(n, seed, epoch):
-    order = list(range(n))
-    random.Random(f"{seed} {epoch} pairs").shuffle(order)
-    return order
 
 
 def validate(args, world):
@@ -527,21 +554,20 @@ def prepare(args, rank, world, device):
     return engine or HF(policy, processor, device), trainer, processor, reference
 
 
-def old_logps(rows, later, trainer, reference, args, pad, device):
-    """Each row gets its old log-probabilities, except those whose update computes them anyway, and the reference's where there is one."""
-    if args.old_logps == "vllm":
-        for row in rows:
-            row["old"] = torch.tensor(row["sampled"], device=device)
-    else:
-        for row, logp in zip(later, logps_of(trainer, later, pad, device, args.micro_tokens)):
-            row["old"] = logp
-    if reference:
-        for row, logp in zip(rows, logps_of(reference, rows, pad, device, args.micro_tokens)):
-            row["reference"] = logp
+class Clock:
+    """clock(phase): the seconds since the last call were that phase's."""
+
+    def __init__(self):
+        self.seconds, self.last = {}, time.perf_counter()
+
+    def __call__(self, phase):
+        now = time.perf_counter()
+        self.seconds[phase], self.last = now - self.last, now
 
 
-def summary(rows, rewards, parts, kept, totals, sums, top, seconds, judge):
+def summary(rows, rewards, parts, kept, updates, seconds, judge):
     """The row of the log: means over all ranks. README.md has each key's formula and what a healthy run shows."""
+    totals, sums, top = updates
     lengths, asked = [len(row["response"]) for row in rows], len(parts["asked"])
     local = {"rewards": rewards.sum().item(), "result": parts["result"].sum().item(), "consistency": parts["consistency"].sum().item(),
              "format": parts["format"].sum().item(), "length": sum(lengths), "truncated": sum(row["finish"] == "length" for row in rows),
@@ -574,81 +600,52 @@ def main():
         sys.exit(0 if check(engine, trainer, processor, pairs[group:8 * groups:groups], args, device, rank) else 1)
 
     judge, loader = ConsistencyJudge(args, args.seed), ThreadPoolExecutor(1)
-    loss, mean = loss_function(args)
-    updates = args.rollout_batch * args.samples // args.train_batch
     steps = args.steps or math.ceil(args.passes * len(pairs) * (2 if args.both_orders else 1) / args.rollout_batch)
-    first, state = resumed(out, trainer, args, rank)
+    first, state = resumed(out, trainer, args, FREE, best=-1.0, skipped=0)
     log = Log(out, header(args, world, device) | {"pairs": len(pairs), "held_out": len(held)}, first, steps, args.tracker)
-
-    def shown(step):  # this rank's share of the global batch, as rows of the engine; read while the step before still trains
-        batch = shown_pairs(pairs, step, args)
-        size = len(batch) // groups
-        return [(group * size + i, pair, prompt(processor, pair)) for i, pair in enumerate(batch[group * size:(group + 1) * size])]
-
-    coming = loader.submit(shown, first)
+    # what a step shows is read while the step before it still trains
+    coming = lambda step: loader.submit(share, pairs, step, args, rank, world, lambda pair: prompt(processor, pair))
+    ahead = coming(first)
     if first or device.type == "cuda":
         engine.sync(policy)  # vLLM has the weights of --model
     if held and not first:
         log.row(0, **held_out(engine, processor, held[group::groups], args))
 
     for step in range(first, steps):
-        seconds, clock = {}, [time.perf_counter()]
-
-        def lap(name):
-            clock.append(time.perf_counter())
-            seconds[name] = clock[-1] - clock[-2]
-
         # 1. rollout
-        places, mine, prompts = zip(*coming.result())
-        coming = loader.submit(shown, step + 1)
-        lap("data")
-        compared = args.engine == "vllm" and args.check_every and (step == first + 1 or step % args.check_every == 0)
-        rows = rollout(engine, processor, mine, prompts, [seed_of(args.seed, step, i) for i in places], args.samples, 1.0,
-                       args.max_new_tokens, logps=bool(compared or args.tis or args.old_logps == "vllm"))
-        for i, row in enumerate(rows):
-            row |= {"group": places[i // args.samples], "place": places[0] * args.samples + i}
-        if args.tensor_parallel > 1:  # the ranks of one engine sampled the same: each trains on its part
-            unit = args.samples * (2 if args.both_orders else 1)
-            rows = [row for row in rows if row["place"] // unit % args.tensor_parallel == rank % args.tensor_parallel]
-        lap("rollout")
-        checked = {}
-        if compared:
-            checked = dict(zip(("mismatch", "mismatch_max"), mismatch(trainer, processor, rows, device, args.micro_tokens)))
-            assert_same(*checked.values(), device, step)
-            lap("check")
+        clock, compared = Clock(), compare_now(step, first, args)
+        mine, ahead = ahead.result(), coming(step + 1)
+        clock("data")
+        rows = sample(engine, processor, mine, step, args, rank, compared)
+        clock("rollout")
+
+        # 8. compare, while vLLM's weights are still those that sampled
+        checked = compare(trainer, processor, rows, step, args, device) if compared else {}
+        clock("check")
         engine.sleep()
 
         # 2. score: the rules at once; the judge works while the trainer computes
         finish = score(rows, judge, args)
 
-        # 4. old log-probabilities, of all but the first mini-batch
-        order = list(range(args.rollout_batch * args.samples))
-        random.Random(f"{args.seed} {step} mini-batches").shuffle(order)
-        batch_of = {place: i // args.train_batch for i, place in enumerate(order)}
-        k1 = args.kl_coef and args.kl == "k1"
-        old_logps(rows, [row for row in rows if k1 or batch_of[row["place"]]], trainer, reference, args, pad, device)
-        lap("old_logps")
-        rewards, parts = rewards_or_stop(finish, lambda: save_checkpoint(out / "checkpoints", trainer, step, state))
-        lap("judge")
+        # 3. old log-probabilities, of all but the first mini-batch
+        batches = mini_batches(rows, step, args)
+        old_logps(batches, trainer, reference, args, pad, device)
+        clock("old_logps")
 
-        # 3. advantages over the global batch, filtered
+        # 4. final reward, when the judge is done
+        rewards, parts = rewards_or_stop(finish, lambda: save_checkpoint(out / "checkpoints", trainer, step, state))
+        clock("judge")
+
+        # 5. advantages over the global batch, filtered
         kept = advantages_of(rows, rewards, args)
 
-        # 5. update: the same mini-batches on any number of ranks, each rank with its own rows of them
-        totals, sums, top = [], Counter(), Counter()
-        for u in range(updates * args.epochs):
-            batch = [row for row in rows if batch_of[row["place"]] == u % updates]
-            lr = args.lr * min(1, (step * updates * args.epochs + u + 1) / (args.warmup + 1))
-            totals.append(train_step(trainer, batch, loss, mean, args, pad, device, lr, sums, top))
-            state["skipped"] = 0 if math.isfinite(totals[-1][1]) else state["skipped"] + 1
-            if state["skipped"] == 3:
-                torch.save(batch, out / f"not-finite-{rank}.pt")
-                sys.exit(f"rl.py: step {step + 1}: three gradients in a row were not finite; the last mini-batch: {out}/not-finite-*.pt")
-        lap("update")
+        # 6. update: the same mini-batches on any number of ranks, each rank with its own rows of them
+        updates = learn(trainer, batches, step, state, args, pad, device)
+        clock("update")
 
-        # 6. sync
+        # 7. sync
         engine.sync(policy)
-        lap("sync")
+        clock("sync")
 
         done, scores = step + 1, {}
         if held and (done % args.eval_every == 0 or done == steps):
@@ -657,14 +654,14 @@ def main():
                 state["best"] = scores["eval_greedy"]
                 save_policy(policy, processor, out / "best", rank)
         keep_rollouts(out / f"rollouts-{rank}.jsonl", done, rows, rewards, parts)
-        log.row(done, **summary(rows, rewards, parts, kept, totals, sums, top, seconds, judge), **checked, **scores)
+        log.row(done, **summary(rows, rewards, parts, kept, updates, clock.seconds, judge), **checked, **scores)
         if done == steps or args.save_every and done % args.save_every == 0:
             save_checkpoint(out / "checkpoints", trainer, done, state)
 
     save_policy(policy, processor, out, rank)
     log.close()
     if rank == 0:
-        curves(out)
+        curves(out, PANELS)
         print(f"{out}: the model after {steps} steps, log.jsonl, curves.png")
 
 

@@ -25,7 +25,7 @@ A baseline of Table 5:
 $ torchrun --nproc_per_node=4 sft.py --head scalar --data data/sft.jsonl --out out/scalar
 
 Reads a JSONL file of pairs (see annotate.py) and a model's folder or name. Writes into --out: the model as from_pretrained and
-vLLM read it, log.jsonl (one row a step), checkpoints/. The same command run again continues from the last checkpoint.
+vLLM read it, log.jsonl (one row a step), curves.png, checkpoints/. The same command run again continues from the last checkpoint.
 """
 import argparse
 import functools
@@ -44,7 +44,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from annotate import CRITIQUE_PROMPT, messages, read_pairs, turn
+from annotate import CRITIQUE_PROMPT, Unusable, messages, read_pairs, turn
 from stable_reinforce import parse
 
 MEDIA = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
@@ -198,7 +198,7 @@ def load_policy(folder, head=None, dtype="auto", attn="sdpa", min_pixels=None, m
 
     config = AutoConfig.from_pretrained(folder)
     if config.model_type not in LEGAL or not hasattr(config, "vision_config"):
-        raise ValueError(f"{folder} is a {config.model_type!r}; legal: a model that reads images and text: qwen2_5_vl, qwen2_vl, qwen3_vl")
+        raise Unusable(f"{folder} is a {config.model_type!r}; legal: a model that reads images and text: qwen2_5_vl, qwen2_vl, qwen3_vl")
     # Loaded whole by each rank on the CPU; ZeRO-3 cuts it up afterwards (its loading in pieces renames keys wrongly for these models).
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation=attn)
     processor = AutoProcessor.from_pretrained(folder)
@@ -395,7 +395,7 @@ def make_engine(policy, zero, lr, device, weight_decay=0.0, clip_grad=1.0):
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     cuda = device.type == "cuda"
     if cuda and zero == 0:
-        raise ValueError("--zero is 0; legal on a GPU: 1, 2, 3 (float32 copies of the weights begin at 1, which on one GPU cuts nothing)")
+        raise Unusable("--zero is 0; legal on a GPU: 1, 2, 3 (float32 copies of the weights begin at 1, which on one GPU cuts nothing)")
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
     config = {
         "train_micro_batch_size_per_gpu": 1, "managed_gradient_accumulation": False,  # update() decides when a step is due
@@ -477,16 +477,40 @@ def load_checkpoint(folder, engine):
     mine = found[-1] / f"rank-{dist.get_rank()}.pt"
     there, shape = len(list(found[-1].glob("rank-*.pt"))), shape_of(engine)
     if there != dist.get_world_size():
-        raise ValueError(f"{found[-1]} was written by {there} ranks, this run has {dist.get_world_size()}; use as many, or another --out")
+        raise Unusable(f"{found[-1]} was written by {there} ranks, this run has {dist.get_world_size()}; use as many, or another --out")
     state = torch.load(mine, weights_only=False)
     if state["shape"] != shape:
-        raise ValueError(f"{found[-1]} belongs to {state['shape']}, this run to {shape}; use that --model and --zero, or another --out")
+        raise Unusable(f"{found[-1]} belongs to {state['shape']}, this run to {shape}; use that --model and --zero, or another --out")
     engine.load_checkpoint(found[-1], tag="engine")
     random.setstate(state["random"])
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"])
     return state["step"], state["extra"]
+
+
+def keep_rows(path, step):
+    """Drops what a killed run had written beyond the checkpoint it resumes from."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        part = path.with_suffix(".part")
+        part.write_text("".join(kept), encoding="utf-8")
+        os.replace(part, path)
+
+
+def resumed(folder, engine, args, free, **fresh):
+    """(steps done, this rank's state): of the last checkpoint in folder, which only the same flags, but for those in `free`, may
+    continue; or 0 and the state of a fresh run."""
+    done, state = load_checkpoint(Path(folder, "checkpoints"), engine)
+    recipe = {k: v for k, v in vars(args).items() if k not in free}
+    state = state or fresh | {"recipe": recipe}
+    if state["recipe"] != recipe:
+        differs = [f"--{k} {v} (there: {state['recipe'].get(k)})" for k, v in recipe.items() if v != state["recipe"].get(k)]
+        raise Unusable(f"--out {folder} holds another run: {', '.join(differs)}; go on with its flags, or choose another --out")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    keep_rows(Path(folder, f"rollouts-{dist.get_rank()}.jsonl"), done)
+    return done, state
 
 
 def shape_of(engine):
@@ -555,11 +579,30 @@ class Log:
             self.bar.close()
 
 
+def curves(folder, panels):
+    """log.jsonl -> curves.png. panels: {title: the keys of its lines}."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in map(json.loads, Path(folder, "log.jsonl").read_text().splitlines()) if "step" in row]
+    down, across = math.ceil(len(panels) / 4), min(4, len(panels))
+    figure, axes = plt.subplots(down, across, figsize=(4 * across, 3.25 * down), layout="constrained", squeeze=False)
+    for axis, (title, names) in zip(axes.flat, panels.items()):
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            axis.plot(*zip(*points), label=name, marker="." if len(points) < 30 else None) if points else None
+        axis.set(title=title, xlabel="step")
+        axis.legend(frameon=False) if axis.lines else None
+    figure.savefig(Path(folder, "curves.png"), dpi=110)
+    plt.close(figure)
+
+
 # ---------------------------------------------------------------------------------------------------
 # What is learnt from a pair
 
-RECIPE = ("model", "head", "data", "val", "eval_n", "batch", "epochs", "lr", "warmup", "schedule", "weight_decay", "clip_grad", "seed",
-          "context", "min_pixels", "max_pixels", "freeze_vision")  # the flags that a run may not change half-way
+# flags that may change between a run and its continuation
+FREE = {"out", "attn", "recompute", "workers", "eval_every", "max_new_tokens", "save_every", "tracker", "zero", "micro_tokens"}
 DROPPED = ("too long", "no annotation", "no critiques")  # why a pair is not trained on
 
 
@@ -594,7 +637,7 @@ class Items(torch.utils.data.Dataset):
         try:
             return rows_of(self.pairs[i], *self.rest)
         except OSError as problem:
-            raise ValueError(f"{self.path}, line {i + 1} ({self.pairs[i]['id']}): an image cannot be read: {problem}") from None
+            raise Unusable(f"{self.path}, line {i + 1} ({self.pairs[i]['id']}): an image cannot be read: {problem}") from None
 
 
 def as_it_is(item):  # a lambda could not be sent to worker processes that are not forked: the rule from Python 3.14 on
@@ -713,6 +756,10 @@ def validate(engine, processor, pairs, context, budget, max_new_tokens):
 # ---------------------------------------------------------------------------------------------------
 
 
+PANELS = {"loss, nats a token": ["loss", "val_loss"], "held-out pairs": ["val_format", "val_accuracy"],
+          "norm of the gradient": ["norm"], "learning rate": ["lr"]}
+
+
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@")
     p.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)  # a file of flags: several on a line, # begins a comment
@@ -772,15 +819,11 @@ def main():
     batches = global_batches(pairs, order if args.val else order[args.eval_n:], args.batch, args.epochs, args.seed)
 
     # 3. where a run that was killed had got to
-    recipe = {k: vars(args)[k] for k in RECIPE}
-    done, before = load_checkpoint(Path(args.out, "checkpoints"), engine)
-    if done and before["recipe"] != recipe:
-        raise ValueError(f"--out {args.out} has a run with {before['recipe']}, not {recipe}; "
-                         "continue with its flags, or choose another --out")
+    done, state = resumed(args.out, engine, args, FREE, dropped=dict.fromkeys(DROPPED, 0))
     if not done and Path(args.out, "config.json").exists():
-        raise ValueError(f"--out {args.out} holds a model already; choose another, or remove it")
+        raise Unusable(f"--out {args.out} holds a model already; choose another, or remove it")
     log = Log(args.out, header(args, world, device), done, len(batches), args.tracker)
-    dropped, start = before["dropped"] if done else dict.fromkeys(DROPPED, 0), time.time()
+    dropped, start = state["dropped"], time.time()
 
     # 4. train; each rank takes every world-th pair of a batch that is sorted by length, so that all have about as much to do
     shares = [batch[rank::world] for batch in batches[done:]]
@@ -819,13 +862,18 @@ def main():
         log.row(step, loss=loss, lr=lr, norm=norm, pairs=int(n), tokens=int(tokens), seconds=time.time() - start, **row, dropped=counts)
         start = time.time()
         if not last and args.save_every and step % args.save_every == 0:
-            save_checkpoint(Path(args.out, "checkpoints"), engine, step, {"recipe": recipe, "dropped": dropped})
+            save_checkpoint(Path(args.out, "checkpoints"), engine, step, state)
     save_policy(policy, processor, args.out, rank)
+    log.close()
     if rank == 0:
         shutil.rmtree(Path(args.out, "checkpoints"), ignore_errors=True)
-    log.close()
+        curves(args.out, PANELS)
+        print(f"{args.out}: the model after {len(batches)} steps, log.jsonl, curves.png")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (Unusable, FileNotFoundError) as problem:  # its owner can mend it: no traceback
+        sys.exit(f"sft.py: {problem}")

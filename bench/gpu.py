@@ -173,7 +173,6 @@ class Measure:
 
 def updates(args, flags, trainer, rows, pad, device, config, measure):
     """[[budget, micro-batches, seconds, tokens a second, MFU, memory], ...]"""
-    loss, mean = rl.loss_function(flags)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     peak = args.peak or next((tflops for key, tflops in PEAK.items() if key in name), 0)
     found, tokens = [], sum(map(sft.length, rows))
@@ -182,7 +181,7 @@ def updates(args, flags, trainer, rows, pad, device, config, measure):
         try:
             for _ in range(args.repeats + 1):
                 with measure(name):
-                    rl.train_step(trainer, [dict(row) for row in rows], loss, mean, flags, pad, device, args.lr, Counter(), Counter())
+                    rl.train_step(trainer, [dict(row) for row in rows], flags, pad, device, args.lr, Counter(), Counter())
         except torch.OutOfMemoryError:
             found.append([f"{budget:,}", "-", "out of memory", "-", "-", "-"])
             break
@@ -195,19 +194,18 @@ def updates(args, flags, trainer, rows, pad, device, config, measure):
 
 def step(flags, engine, trainer, processor, pairs, prompts, seeds, pad, device, measure, lr):
     """One step in rl.py's order, two updates; returns its rows."""
-    loss, mean = rl.loss_function(flags)
     with measure("rollout"):
         rows = rl.rollout(engine, processor, pairs, prompts, seeds, 1, 1.0, flags.max_new_tokens)
     with measure("sleep"):
         engine.sleep()
     for i, row in enumerate(rows):
         row["adv"] = torch.full((len(row["response"]),), float(i % 2) - 0.5)
-    half = len(rows) // 2
+    batches = [rows[:len(rows) // 2], rows[len(rows) // 2:]]
     with measure("old log-probabilities"):
-        rl.old_logps(rows, rows[half:], trainer, None, flags, pad, device)
+        rl.old_logps(batches, trainer, None, flags, pad, device)
     with measure("updates"):
-        for part in (rows[:half], rows[half:]):
-            rl.train_step(trainer, part, loss, mean, flags, pad, device, lr, Counter(), Counter())
+        for part in batches:
+            rl.train_step(trainer, part, flags, pad, device, lr, Counter(), Counter())
     with measure("sync"):
         engine.sync(trainer.module)
     return rows

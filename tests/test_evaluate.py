@@ -6,7 +6,6 @@ an HTTP server with faults, reward heads, rewards from a file, two ranks, a brow
 $ python -m pytest tests/test_evaluate.py
 """
 import asyncio
-import base64
 import contextlib
 import doctest
 import http.server
@@ -21,7 +20,6 @@ import subprocess
 import sys
 import threading
 import time
-from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: `toy` is found from the folder above
-from rl import curves
 from toy import world
 
 PLANTED = """What is planted: the stand-in annotator's reasonings come in four manners ({shares}). Hasty ones do not describe
@@ -24,10 +23,6 @@ longer answer and a coin score 50. The base model gives no verdict: it answers t
 LINES = ("one sample", "better answer first", "better answer second", "right in both orders", "voting@15", "early stopping, at most 16",
          "calibrated@16", "any@16")
 MODELS = {"base": "base model", "sft": "cold start (SFT)", "rl": "StableReinforce"}
-
-
-SFT = {"loss, nats a token": ["loss", "val_loss"], "held-out judgements, greedy": ["val_format", "val_accuracy"],
-       "norm of the gradient": ["norm"], "learning rate": ["lr"]}
 
 
 def processor():
@@ -84,8 +79,6 @@ def main():
              f"{os.cpu_count()} cores, {processor()}, Python {platform.python_version()}.", "",
              f"Figures: {out}/sft/curves.png, {out}/rl/curves.png, {out}/eval-rl/scaling.png. Judgements to read: {out}/eval-rl/page.html. "
              f"Every group of every benchmark: {out}/eval-*/table.md."]
-    if (out / "sft" / "log.jsonl").exists():
-        curves(out / "sft", SFT)
     (out / "report.md").write_text("\n".join(text) + "\n")
     print("\n".join(text) + f"\n\n{out}/report.md")
 
