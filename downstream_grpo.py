@@ -52,8 +52,8 @@ import torch
 
 from annotate import Unanswered, Unusable, as_sent, keep, locate, messages, table_rows, turn
 from judge import ConsistencyJudge, coin
-from rl import (FREE, Clock, advantages_of, compare, compare_now, learn, loop_flags, mini_batches, old_logps, prepare, rewards_or_stop,
-                rollout, sample, seed_of, share, validate)
+from rl import (FREE, Clock, advantages_of, compare, compare_now, learn, loop_flags, means, mini_batches, of_updates, old_logps, prepare,
+                rewards_or_stop, rollout, sample, seed_of, share, validate)
 from sft import Log, curves, encode, header, read_media, reduced, resumed, save_checkpoint, save_policy, setup
 from stable_reinforce import parse
 
@@ -321,22 +321,15 @@ def held_out(engine, processor, tasks, judge, state, args, save):
     return out | {"eval_win": won / max(1, n), "eval_changed": changed / max(1, n), "eval_n": n}
 
 
-def summary(rows, rewards, parts, updates, seconds, judge):
+def summary(rows, rewards, parts, updates, judge, seconds):
     """The row of the log: means over all ranks' answers, prompts or duels, as each key has it."""
-    totals, sums, top = updates
     each = lambda key: [v for part in parts for v in (part[key] if isinstance(part[key], list) else [part[key]])]
-    means = {key: each(key) for key in ("distinct", "spread", "flat", "judge_right", "ring_rank")}  # of prompts; of duels; of prompts
-    means |= {"reward": rewards.tolist(), "exact": torch.cat(each("exact")).tolist(), "length": [len(row["response"]) for row in rows],
-              "truncated": [float(row["finish"] == "length") for row in rows]}  # of answers
-    counts = {"duels": sum(each("duels")), "no_verdict": sum(each("no_verdict")),
-              "judge_calls": judge.counts["calls"], "judge_failed": judge.counts["failed"]}
-    total = reduced([*map(sum, means.values()), *map(len, means.values()), *counts.values(), *sums.values()])
-    means = {key: a / b if b else None for key, a, b in zip(means, total, total[len(means):])}
-    counts, sums = dict(zip(counts, total[2 * len(means):])), dict(zip(sums, total[2 * len(means) + len(counts):]))
-    return means | counts | {
-        "loss": sum(loss for loss, _ in totals) / len(totals), "grad_norm": max(norm for _, norm in totals),
-        **{k: v / max(1, sums["tokens"]) for k, v in sums.items() if k != "tokens"},
-        **dict(zip(top, reduced(list(top.values()), "max"))), "seconds": sum(seconds.values()), **{f"s_{k}": v for k, v in seconds.items()}}
+    found = means({"reward": rewards, "exact": torch.cat(each("exact")), "length": [len(row["response"]) for row in rows],
+                   "truncated": [row["finish"] == "length" for row in rows],  # of answers
+                   **{key: each(key) for key in ("distinct", "spread", "flat", "ring_rank")},  # of prompts
+                   "judge_right": each("judge_right")})  # of duels
+    duels, silent = reduced([sum(each("duels")), sum(each("no_verdict"))])
+    return found | {"duels": duels, "no_verdict": silent} | of_updates(updates, judge, seconds)
 
 
 PANELS = {"exact match": ["exact", "eval_greedy", "eval_sampled"], "win rate over the start": ["eval_win"],
@@ -459,7 +452,7 @@ def main():
         if held and (done % args.eval_every == 0 or done == steps):
             figures = held_out(engine, processor, held, judge, state, args, save)
         keep_rollouts(out / f"rollouts-{rank}.jsonl", done, rows, rewards, parts)
-        log.row(done, **summary(rows, rewards, parts, updates, clock.seconds, judge), **checked, **figures)
+        log.row(done, **summary(rows, rewards, parts, updates, judge, clock.seconds), **checked, **figures)
         if done == steps or args.save_every and done % args.save_every == 0:
             save_checkpoint(out / "checkpoints", trainer, done, state)
 

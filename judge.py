@@ -70,6 +70,13 @@ def coin(*what):
     return int.from_bytes(hashlib.sha256(repr(what).encode()).digest()[:8], "big") / 2**64
 
 
+RULES = {  # --judge NAME: 1 or 0 of a judgement's text, without a model
+    "rule": lambda text, seed: rule(text),
+    "random": lambda text, seed: int(coin(seed, "coin", text) < 0.5),
+    "none": lambda text, seed: 0,
+}
+
+
 class JudgeDead(RuntimeError):
     """No reply came for --judge_patience seconds."""
 
@@ -80,7 +87,7 @@ class ConsistencyJudge:
     @staticmethod
     def add_flags(group):
         add = group.add_argument
-        add("--judge", choices=["model", "rule", "random", "none"], default="model",
+        add("--judge", choices=["model", *RULES], default="model",
             help="who judges consistency; all but model are for C.11")
         add("--judge_url", default="http://127.0.0.1:8000/v1",
             help="OpenAI-compatible endpoint of the judge; its key, where one is needed, in OPENAI_API_KEY")
@@ -115,8 +122,7 @@ class ConsistencyJudge:
         if kind == "model":
             says = await self.ask([question(text) for text in texts])
         else:
-            says = [rule(text) if kind == "rule" else int(coin(self.seed, "coin", text) < 0.5) if kind == "random" else 0 for text in texts]
-            says = [None if parse(text).choice is None else s for text, s in zip(texts, says)]
+            says = [None if parse(text).choice is None else RULES[kind](text, self.seed) for text in texts]
         flip = lambda text: coin(self.seed, "noise", text) < self.args.judge_noise
         return [s if s is None else s ^ flip(text) for text, s in zip(texts, says)]
 

@@ -200,14 +200,14 @@ def score(rows, judge, args):
     pending = judge.submit([rows[i]["text"] for i in asked])
 
     def finish():
-        consistency = torch.zeros(len(rows))
+        consistency = torch.full((len(rows),), math.nan)  # where nobody was asked
         for i, says in zip(asked, pending.result()):
             consistency[i] = float(says == 1)  # None is no agreement
-        rewards = final_reward(result, consistency, form, args.consistency_weight, args.reward_form)
+        rewards = final_reward(result, consistency.nan_to_num(), form, args.consistency_weight, args.reward_form)
         if args.both_orders:  # neighbours are the two orders of one pair; both right earns more, so a position is no shelter
             pairs = result.view(-1, 2, args.samples).amin(1, keepdim=True).expand(-1, 2, -1).reshape(-1)
             rewards = rewards + args.order_bonus * pairs
-        return rewards, {"result": result, "consistency": consistency, "format": form, "asked": asked}
+        return rewards, {"result": result, "consistency": consistency, "format": form}  # logged and kept, whatever is in it
 
     return finish
 
@@ -227,7 +227,7 @@ def rewards_or_stop(finish, save):
 def keep_rollouts(path, step, rows, rewards, parts):
     with path.open("a", encoding="utf-8") as file:
         for i, row in enumerate(rows):
-            said = {k: parts[k][i].item() for k in ("result", "consistency", "format")}
+            said = {k: None if v[i].isnan() else v[i].item() for k, v in parts.items()}
             file.write(json.dumps({"step": step, "id": row["pair"]["id"], "choice": row["pair"]["choice"], "text": row["text"],
                                    "finish": row["finish"], "reward": rewards[i].item(), **said}) + "\n")
 
@@ -565,25 +565,33 @@ class Clock:
         self.seconds[phase], self.last = now - self.last, now
 
 
-def summary(rows, rewards, parts, kept, updates, seconds, judge):
-    """The row of the log: means over all ranks. README.md has each key's formula and what a healthy run shows."""
+def means(each):
+    """{key: this rank's values, NaN where there is none} -> {key: their mean over all ranks; None of nothing}."""
+    values = [torch.as_tensor(v, dtype=torch.float64) for v in each.values()]
+    total = reduced([v.nansum().item() for v in values] + [v.isfinite().sum().item() for v in values])
+    return {key: a / n if n else None for key, a, n in zip(each, total, total[len(values):])}
+
+
+def of_updates(updates, judge, seconds):
+    """What the log has of learn(), of the judge's calls, and of the clock."""
     totals, sums, top = updates
-    lengths, asked = [len(row["response"]) for row in rows], len(parts["asked"])
-    local = {"rewards": rewards.sum().item(), "result": parts["result"].sum().item(), "consistency": parts["consistency"].sum().item(),
-             "format": parts["format"].sum().item(), "length": sum(lengths), "truncated": sum(row["finish"] == "length" for row in rows),
-             "filtered": int((~kept).sum()), "says_1": sum(parse(row["text"]).choice == 1 for row in rows), "n": len(rows), "asked": asked,
-             "calls": judge.counts["calls"], "judge_failed": judge.counts["failed"] + judge.counts["unparsable"], **sums}
-    total = dict(zip(local, reduced(list(local.values()))))
-    most = dict(zip(["length_max", *top], reduced([max(lengths, default=0), *top.values()], "max")))
-    n, tokens = max(1, total["n"]), max(1, total["tokens"])
-    of_judgements = {k: total[k] / n for k in ("result", "format", "length", "truncated", "filtered", "says_1")}
-    return {"reward": total["rewards"] / n, **of_judgements, "consistency": total["consistency"] / max(1, total["asked"]),
-            "loss": sum(loss for loss, _ in totals) / len(totals), "loss_max": max(loss for loss, _ in totals),
+    counts = sums | {"judge_calls": judge.counts["calls"], "judge_failed": judge.counts["failed"] + judge.counts["unparsable"]}
+    total = dict(zip(counts, reduced(list(counts.values()))))
+    return {"loss": sum(loss for loss, _ in totals) / len(totals), "loss_max": max(loss for loss, _ in totals),
             "grad_norm": max(norm for _, norm in totals), "skipped": sum(not math.isfinite(norm) for _, norm in totals),
-            **{k: total[k] / tokens for k in sums if k != "tokens"}, **most,
-            "judge_calls": total["calls"], "judge_failed": total["judge_failed"], "samples": total["n"],
-            "seconds": sum(seconds.values()), **{f"s_{k}": v for k, v in seconds.items()},
-            "tokens_per_s": total["length"] / max(1e-9, sum(seconds.values()))}
+            **{k: total[k] / max(1, total["tokens"]) for k in sums if k != "tokens"}, **dict(zip(top, reduced(list(top.values()), "max"))),
+            "judge_calls": total["judge_calls"], "judge_failed": total["judge_failed"],
+            "seconds": sum(seconds.values()), **{f"s_{k}": v for k, v in seconds.items()}}
+
+
+def summary(rows, rewards, parts, kept, updates, judge, seconds):
+    """The row of the log. README.md has each key's formula and what a healthy run shows."""
+    lengths = [len(row["response"]) for row in rows]
+    found = means({"reward": rewards, **parts, "length": lengths, "truncated": [row["finish"] == "length" for row in rows],
+                   "filtered": ~kept, "says_1": [parse(row["text"]).choice == 1 for row in rows]})
+    found |= {"length_max": reduced(max(lengths, default=0), "max"), "samples": reduced(len(rows))}
+    found |= of_updates(updates, judge, seconds)
+    return found | {"tokens_per_s": found["length"] * found["samples"] / found["seconds"]}
 
 
 def main():
@@ -654,7 +662,7 @@ def main():
                 state["best"] = scores["eval_greedy"]
                 save_policy(policy, processor, out / "best", rank)
         keep_rollouts(out / f"rollouts-{rank}.jsonl", done, rows, rewards, parts)
-        log.row(done, **summary(rows, rewards, parts, kept, updates, clock.seconds, judge), **checked, **scores)
+        log.row(done, **summary(rows, rewards, parts, kept, updates, judge, clock.seconds), **checked, **scores)
         if done == steps or args.save_every and done % args.save_every == 0:
             save_checkpoint(out / "checkpoints", trainer, done, state)
 

@@ -1,7 +1,7 @@
 """
-The architecture, held by the syntax trees: who imports whom, what an import costs, that every flag is read, and that every
-command in a docstring or in README.md would be taken by the script it names. Scripts are checked from the day they exist;
-the checks themselves are tried on small sources with a known fault.
+The architecture, held by the syntax trees: who imports whom, what an import costs, that every flag is read, that every command in
+a docstring or in README.md would be taken by the script it names, and that names and diffs in README.md fit the code. Scripts are
+checked from the day they exist; the checks themselves are tried on small sources with a known fault.
 """
 import ast
 import importlib
@@ -133,6 +133,28 @@ def test_the_examples_in_the_readme_are_true():
     done = subprocess.run([sys.executable, "-m", "doctest", "README.md"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout
     assert (ROOT / "README.md").read_text().count(">>> ") > 5
+
+
+def test_every_name_in_the_readme_is_there():
+    named = set(re.findall(r"`(\w+)\.([A-Za-z_]\w*)[`(]", (ROOT / "README.md").read_text()))
+    named = {(module, name) for module, name in named if module in SCRIPTS and name not in ("py", "jsonl")}
+    assert len(named) > 8
+    for module, name in named:
+        tree = ast.parse((ROOT / f"{module}.py").read_text())
+        there = {getattr(node, "name", None) for node in tree.body}
+        there |= {target.id for node in tree.body if isinstance(node, ast.Assign) for target in node.targets if isinstance(target, ast.Name)}
+        assert name in there, f"README.md names {module}.{name}; {module}.py has none"
+
+
+def test_the_diffs_in_the_readme_fit_the_files():
+    text, fitted = (ROOT / "README.md").read_text(), 0
+    for before, diff in re.findall(r"([^\n]*`\w+\.py`[^\n]*)\n\n```diff\n(.*?)```", text, re.S):
+        source = (ROOT / re.search(r"`(\w+\.py)`", before)[1]).read_text().splitlines()
+        for line in diff.splitlines():
+            if line[0] != "+":
+                assert line[1:] in source, f"README.md, {before}: no line {line[1:]!r} there"
+                fitted += 1
+    assert text.count("```diff") == 4 and fitted >= 5
 
 
 # ---------------------------------------------------------------------------------------------------

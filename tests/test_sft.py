@@ -537,8 +537,8 @@ def test_a_checkpoint_of_another_run_is_refused(place, tmp_path):
     process.join()
     toy_model.make(tmp_path / "wide", 0, hidden=192)
     error = launch("--model", tmp_path / "wide", *words)
-    assert error.startswith("ValueError") and "belongs to qwen2_5_vl" in error and "use that --model and --zero, or another --out" in error
-    assert "continue with its flags, or choose another --out" in launch("--model", place / "base", *words, "--lr", "1")
+    assert error.startswith("Unusable") and "belongs to qwen2_5_vl" in error and "use that --model and --zero, or another --out" in error
+    assert "--lr 1.0 (there: 1e-05); go on with its flags, or choose another --out" in launch("--model", place / "base", *words, "--lr", "1")
     assert launch("--model", place / "base", *words) == ""
 
 

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # The toy runs behind results/, on two cores, two at a time, one rank and one thread each. After `make toy`, whose annotations, cold start
 # and reward model they take. Killed, it goes on where it stood. Reported on the test split, which chose no setting.
-#   toy/ablations.sh              all of it, about an hour
+#   toy/ablations.sh              all of it, about an hour and a half
 #   toy/ablations.sh seeds        three seeds, and the consistency weight (Table 7)
 #   toy/ablations.sh harsh        StableReinforce against no pre-clip and no filter where training breaks (Fig. 2), five seeds
+#   toy/ablations.sh judges       how good the consistency judge is, and how much it weighs (Table 13), three seeds
 #   toy/ablations.sh heads        the three kinds of reward model (Table 5)
 #   toy/ablations.sh downstream   a policy trained by the reward model and by a coin (Table 11), three seeds
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH=$PWD/.venv/bin:$PATH
 OUT=out/toy
-PARTS=${*:-seeds harsh heads downstream}
+PARTS=${*:-seeds harsh judges heads downstream}
 export OMP_NUM_THREADS=1 TRANSFORMERS_VERBOSITY=error VLLM_LOGGING_LEVEL=ERROR HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 python toy/server.py --key $OUT/data/key.jsonl --port 8010 > $OUT/server.log 2>&1 &
@@ -42,6 +43,30 @@ harsh() { # 32 updates on each rollout, no bound on the gradient's norm
     python toy/compare.py "StableReinforce=$OUT/harsh/stable-" "no pre-clip, no filter=$OUT/harsh/plain-" --out results/toy_harsh
 }
 
+serve() { # a model's folder, port, the longest text: a real vLLM server on loopback
+    VLLM_CPU_KVCACHE_SPACE=1 python -m vllm.entrypoints.openai.api_server --model "$1" --dtype float32 --enforce-eager \
+        --max-model-len 1024 --host 127.0.0.1 --port "$2" > "$OUT/server-$2.log" 2>&1 &
+    until python -c "import urllib.request; urllib.request.urlopen('http://127.0.0.1:$2/health')" 2>/dev/null; do sleep 1; done
+}
+
+judges() { # toy/base and toy/weak for Qwen2.5-VL-7B and 3B
+    serve toy/base 8021
+    serve toy/weak 8022
+    for seed in 0 1 2; do
+        while read -r name flags; do
+            echo "$OUT/judges/$name-$seed/curves.png rl.py @toy/rl.args $TEST --seed $seed $flags --out $OUT/judges/$name-$seed"
+        done <<END
+strong --judge_url http://127.0.0.1:8021/v1 --judge_model toy/base
+weak --judge_url http://127.0.0.1:8022/v1 --judge_model toy/weak
+noisy --judge_url http://127.0.0.1:8021/v1 --judge_model toy/base --judge_noise 0.25
+noisy_quarter --judge_url http://127.0.0.1:8021/v1 --judge_model toy/base --judge_noise 0.25 --consistency_weight 0.25
+random --judge random
+END
+    done | two
+    python toy/compare.py "toy/base=$OUT/judges/strong-" "toy/weak=$OUT/judges/weak-" "toy/base, 25 % flipped=$OUT/judges/noisy-" \
+        "the same, weight 0.25=$OUT/judges/noisy_quarter-" "a coin=$OUT/judges/random-" "none: weight 0=$OUT/seeds/weight0-" --out results/toy_judges
+}
+
 heads() {
     python annotate.py @toy/annotate.args --mode critique
     { echo "$OUT/scalar/config.json sft.py @toy/sft.args --head scalar --lr 1.5e-3 --out $OUT/scalar"
@@ -50,14 +75,13 @@ heads() {
         echo "$OUT/heads/$model/table.md evaluate.py --model $OUT/$model --bench pairs=$OUT/data/test/pairs.jsonl --limit 600 --group family" \
              "--temperature 0 --max_new_tokens 128 --context 1024 --page 0 --out $OUT/heads/$model"
     done | two
-    for model in scalar critic sft rl; do sed -n '/^| *| overall/p; /^| one sample/p' $OUT/heads/$model/table.md; done
+    for model in scalar critic sft rl; do echo "# $OUT/$model"; echo; cat $OUT/heads/$model/table.md; echo; done > results/toy_heads.md
+    grep -E '^# |^\| one sample' results/toy_heads.md
 }
 
 downstream() {
     python toy/sources.py --out $OUT/held --seed 1  # other pictures
-    VLLM_CPU_KVCACHE_SPACE=1 python -m vllm.entrypoints.openai.api_server --model $OUT/rl --dtype float32 --enforce-eager \
-        --max-model-len 1024 --host 127.0.0.1 --port 8020 > $OUT/reward-model.log 2>&1 &
-    until python -c 'import urllib.request; urllib.request.urlopen("http://127.0.0.1:8020/health")' 2>/dev/null; do sleep 1; done
+    serve $OUT/rl 8020
     for seed in 0 1 2; do for judge in model random; do
         folder=$OUT/grpo/$judge-$seed
         echo "$folder/curves.png downstream_grpo.py @toy/downstream.args --eval_data $OUT/held/tasks/train.jsonl --eval_n 300 --eval_every 25" \
@@ -65,7 +89,7 @@ downstream() {
     done; done | two
     for judge in model random; do for seed in 0 1 2; do
         echo "$judge $seed: $(grep -o '"eval_[a-z]*": [0-9.]*' $OUT/grpo/$judge-$seed/log.jsonl | tr -d '"' | paste -sd' ')"
-    done; done
+    done; done | tee results/downstream.txt
 }
 
 TEST="--eval_data $OUT/data/test/pairs.jsonl --eval_n 600 --check_every 0"
