@@ -54,7 +54,7 @@ from annotate import Unanswered, Unusable, as_sent, keep, locate, messages, tabl
 from judge import ConsistencyJudge, coin
 from rl import (FREE, Clock, advantages_of, compare, compare_now, learn, loop_flags, means, mini_batches, of_updates, old_logps, prepare,
                 rewards_or_stop, rollout, sample, seed_of, share, validate)
-from sft import Log, curves, encode, header, read_media, reduced, resumed, save_checkpoint, save_policy, setup
+from sft import Log, curves, header, reduced, resumed, save_checkpoint, save_policy, setup, to_sample
 from stable_reinforce import parse
 
 # ---------------------------------------------------------------------------------------------------
@@ -296,8 +296,7 @@ def score(rows, judge, args):
 
 
 def prompt(processor, task):
-    turns = turn(task, task["question"])
-    return encode(processor, turns) | {"media": read_media(processor, turns)}
+    return to_sample(processor, turn(task, task["question"]))
 
 
 def held_out(engine, processor, tasks, judge, state, args, save):

@@ -49,8 +49,8 @@ import torch.distributed as dist
 
 from annotate import Unusable, messages, read_pairs, swap
 from judge import ConsistencyJudge
-from sft import (HF, Log, barred, collate, curves, encode, for_vllm, gathered, header, load_policy, make_engine, micro_batches, read_media,
-                 reduced, resumed, save_checkpoint, save_policy, setup, token_logps, update)
+from sft import (HF, Log, barred, collate, curves, for_vllm, gathered, header, load_policy, make_engine, micro_batches, reduced, resumed,
+                 save_checkpoint, save_policy, setup, to_sample, token_logps, update)
 from stable_reinforce import ALGORITHMS, KL, advantages, final_reward, format_reward, parse, result_reward, returns_to_go
 
 # ---------------------------------------------------------------------------------------------------
@@ -130,10 +130,8 @@ class VLLM:
 # 1. Rollout
 
 
-def prompt(processor, pair, order=0):
-    """A pair as shown -> the row that both engines read, with its pictures."""
-    turns = messages(pair, order)
-    return encode(processor, turns) | {"media": read_media(processor, turns)}
+def prompt(processor, pair):
+    return to_sample(processor, messages(pair))
 
 
 def rollout(engine, processor, pairs, prompts, seeds, n, temperature, max_tokens, logps=False):

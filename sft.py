@@ -261,9 +261,9 @@ def gathered(parameters, write=False):
 # never turned into text and back, so a sampled response is row | {"response": its ids}.
 
 
-def encode(processor, turns, response=None):
+def encode(processor, turns, response=None, media=None):
     """Chat turns (see annotate.messages) and the assistant's response, a text -> a row. Without a response: one to generate from."""
-    images, videos, metadata = read_media(processor, turns)
+    images, videos, metadata = media or read_media(processor, turns)
     text = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     # what read_media has sized and sampled stays as it is
     inputs = processor(text=[text], images=images, videos=videos, do_resize=False,
@@ -287,6 +287,12 @@ def read_media(processor, turns):
                                             image_patch_size=processor.image_processor.patch_size)
     frames, metadata = zip(*videos) if videos else (None, None)
     return images, frames and list(frames), metadata and list(metadata)
+
+
+def to_sample(processor, turns):
+    """Chat turns -> the row from which both engines generate: with its pictures as they were read, too."""
+    media = read_media(processor, turns)
+    return encode(processor, turns, media=media) | {"media": media}
 
 
 def for_vllm(images, videos, metadata):
