@@ -40,6 +40,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -159,22 +160,28 @@ class Policy(torch.nn.Module):
 
     def look(self, inputs):
         """
-        The pixels among the inputs -> ({"image": features, "video": features} for those there are, 0). Both are looked at in every
-        micro-batch, a grey patch where there are none, which adds 0: every rank must run the same modules in the same order, since
-        ZeRO-3 gathers each module's weights and ZeRO-2 reduces each gradient together with the other ranks.
+        The pixels among the inputs -> ({"image": features, "video": features} for those there are, 0). The tower looks once in every
+        micro-batch, at images and frames together, or at a grey patch, which adds 0: every rank must run the same modules in the same
+        order, since ZeRO-3 gathers each module's weights and ZeRO-2 reduces each gradient together with the other ranks.
         """
-        v, base, seen, unseen = self.model.config.vision_config, self.model.base_model, {}, 0
-        for kind, look in (("image", base.get_image_features), ("video", base.get_video_features)):
-            pixels, grid = inputs.pop("pixel_values" + "_videos" * (kind == "video"), None), inputs.get(f"{kind}_grid_thw")
-            if pixels is None:
-                side = v.spatial_merge_size
-                pixels = torch.zeros(side**2, v.in_channels * v.temporal_patch_size * v.patch_size**2, device=self.model.device)
-                grey = look(pixels, torch.tensor([[1, side, side]], device=self.model.device), return_dict=True)
-                deep = getattr(grey, "deepstack_features", None) or []  # Qwen3-VL: features of its tower's earlier layers
-                unseen = unseen + 0 * sum(t.sum() for group in (grey.pooler_output, *deep) for t in group)
-            else:
-                seen[kind] = look(pixels, grid, return_dict=True)
-        return seen, unseen
+        v, pixels, grids = self.model.config.vision_config, {}, {}
+        for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+            if name in inputs:
+                pixels[kind], grids[kind] = inputs.pop(name), inputs[f"{kind}_grid_thw"]
+        if not pixels:
+            side, device = v.spatial_merge_size, self.model.device
+            pixels["grey"] = torch.zeros(side**2, v.in_channels * v.temporal_patch_size * v.patch_size**2, device=device)
+            grids["grey"] = torch.tensor([[1, side, side]], device=device)
+        # to a Qwen a video is a picture that is longer in time: for both its functions are the same
+        out = self.model.base_model.get_image_features(torch.cat([*pixels.values()]), torch.cat([*grids.values()]), return_dict=True)
+        layers = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]  # Qwen3-VL: also of its tower's earlier layers
+        if "grey" in pixels:
+            return {}, 0 * sum(picture.sum() for layer in layers for picture in layer)
+        seen, start = {}, 0
+        for kind, grid in grids.items():
+            own = [layer[start:start + len(grid)] for layer in layers]
+            seen[kind], start = SimpleNamespace(pooler_output=own[0], deepstack_features=own[1:]), start + len(grid)
+        return seen, 0
 
 
 def token_logps(policy, batch, entropy=False):
