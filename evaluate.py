@@ -51,10 +51,11 @@ from functools import cache
 from itertools import islice, takewhile
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from annotate import (JUDGING_PROMPT, Endpoint, Unanswered, Unusable, as_sent, at_least, check_pair, data_url, each_pair, frames,
-                      keep, locate, located_lines, messages, table_rows, turn)
+                      keep, locate, located_lines, messages, table_rows, turn, whole)
 from annotate import table as markdown
 from sft import HF, collate, critique_of, encode, for_vllm, load_policy, micro_batches, read_media
 from stable_reinforce import parse
@@ -158,13 +159,13 @@ def read_rows(args):
 
 
 def fits(rows):
-    """z-score: do questions share more words with their own answers than with those half the list away? None: too few words to tell."""
+    """z-score: do questions share more words with their own answers than with those half the list away? inf: too few words to tell."""
     words = lambda text: {w for w in re.findall(r"\w+", text.lower()) if len(w) > 3}
     asked, said = [words(r["question"]) for r in rows], [words(" ".join(r["responses"])) for r in rows]
     far = said[len(rows) // 2:] + said[:len(rows) // 2]
     gain = [(len(q & own) - len(q & other)) / max(1, len(q)) for q, own, other in zip(asked, said, far)]
     if sum(map(bool, gain)) < 20:
-        return None
+        return math.inf
     mean = sum(gain) / len(gain)
     return mean / math.sqrt(sum((g - mean) ** 2 for g in gain) / (len(gain) - 1) / len(gain))
 
@@ -187,7 +188,7 @@ def check_data(bench, rows):
     for row in rows if bench == "Multimodal-RewardBench" else ():
         kinds[re.split(r"[-_\d]", row["id"])[0]].append(row)
     for kind, its in sorted(kinds.items()):  # its script joins prompts by row number to data sets that have changed since
-        if (z := fits(its)) is not None and z < 2:
+        if (z := fits(its)) < 2:
             notes.append(f"WARNING: the {kind} questions do not seem to belong to their answers (z = {z:.1f}); join them anew")
     return notes
 
@@ -198,6 +199,8 @@ def check_data(bench, rows):
 FIELDS = {"bench": str, "row": int, "id": str, "order": int, "sample": int, "text": str, "choice": (int, type(None)),
           "logp1": (float, type(None)), "logp2": (float, type(None)), "tokens": int, "finish": str}
 address = lambda row: (row["bench"], row["row"])
+digest = lambda *parts: hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+content = lambda row: digest(row["id"], row["question"], row["responses"], row["choice"])  # what makes a row of two runs the same
 where = lambda j: (*address(j), j["order"], j["sample"])
 picked = lambda j: j["choice"] and (3 - j["choice"] if j["order"] else j["choice"])  # 1 or 2 as the row lists its answers; None: no verdict
 # the flags that a judgement depends on
@@ -240,9 +243,8 @@ class Journal:
 
 def settle(args, benches, done, rank=0):
     """Keeps rows and configuration beside the judgements. Two configurations never meet in one file; another --samples or --orders may."""
-    digest = lambda *parts: hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     config = {k: vars(args)[k] for k in (*MADE_BY, "samples", "orders")} | {"prompt": digest(JUDGING_PROMPT)}
-    config["rows"] = {b: [digest(r["id"], r["question"], r["responses"], r["choice"]) for r in rows] for b, rows in benches.items()}
+    config["rows"] = {bench: list(map(content, rows)) for bench, rows in benches.items()}
     path = Path(args.out, "config.json")
     if path.is_file() and done:
         before = json.loads(path.read_text())
@@ -254,9 +256,8 @@ def settle(args, benches, done, rank=0):
         if differs:
             raise Unusable(f"--out {args.out} holds another run: {'; '.join(differs)}. Choose another folder, or the same settings")
     for name, found in (("config.json", [config]), ("rows.jsonl", sum(benches.values(), []))) if rank == 0 else ():
-        part = path.with_name(f"{name}.part")
-        part.write_text("".join(json.dumps(line) + "\n" for line in found))
-        part.rename(path.with_name(name))
+        with whole(path.with_name(name)) as file:
+            file.write("".join(json.dumps(line) + "\n" for line in found).encode())
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -335,8 +336,7 @@ def collect(rows, answers, done, args, write=None):
 
 def seed_of(job, args):
     """Of a job's first sample; the next ones count on. So a sample's seed is the same whatever it is asked together with."""
-    text = json.dumps([args.seed, *address(job.row), job.order])
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:3], "big") * 100 + job.first
+    return int(digest(args.seed, *address(job.row), job.order)[:6], 16) * 100 + job.first
 
 
 def verdict_at(n, piece, text):
@@ -630,67 +630,71 @@ def early_stop(counts, start=0, limit=None, run=3):
 
 def fit_temperature(log_odds):
     """The T from 0.05 to 50 that makes sigmoid(z / T) likeliest, z being the log-odds given to the right answer."""
-    import numpy as np
     grid = np.geomspace(0.05, 50, 200)
     return float(grid[np.logaddexp(0, -log_odds[:, None] / grid).mean(0).argmin()]) if len(log_odds) else 1.0
 
 
 class Tally:
     """
-    The judgements of one benchmark's rows. As arrays, of each judgement: at, the index of its row; place of the better answer, 0 =
-    shown first, 1 = second; kind, 0 = right, 1 = wrong, 2 = no verdict; right and wrong, the log-probabilities of the two verdicts.
+    The rows of one benchmark that are judged to the end, and their samples as arrays (R, S), of R rows S samples each: place of the
+    better answer, 0 = shown first, 1 = second; kind, 0 = right, 1 = wrong, 2 = no verdict; right and wrong, the log-probabilities of
+    the two verdicts. stops (V, R, 3) is early stopping: the probability of being right, samples drawn, their tokens.
     """
 
     def __init__(self, rows, done, args):
-        import numpy as np
-        self.rows, self.used, self.online, self.missing, self.T, both = [], [], [], 0, None, args.orders == "both"
-        self.n, self.orders = (1, 1) if args.early_stop else (args.samples, 1 + both)
-        columns = []
+        self.orders = 2 if args.orders == "both" else 1
+        self.n = 1 if args.early_stop else args.samples  # samples a row to vote with
+        self.rows, self.used, ends = [], [], []
         for row in rows:
             its = so_far(row, done, args)
             answer = stopped([picked(j) for j in its], args.samples, 3 if args.early_stop else math.inf)
-            if answer is False:
-                self.missing += 1
-                continue
-            if args.early_stop:
-                self.online.append((0.5 if answer == 1.5 else float(answer == row["choice"]), len(its), sum(j["tokens"] for j in its)))
-                its = its[:1 + both]  # later ones are there because of what these said
-            for j in its:
-                place, logps = (row["choice"] - 1) ^ j["order"], [-math.inf if p is None else p for p in (j["logp1"], j["logp2"])]
-                kind = 2 if j["choice"] is None else int(j["choice"] - 1 != place)
-                columns.append((len(self.rows), place, kind, logps[place], logps[1 - place], j["tokens"]))
-            self.rows.append(row)
-            self.used += its
-        at, place, kind, self.right, self.wrong, tokens = np.array(columns).reshape(-1, 6).T
-        self.at, self.kind = at.astype(int), kind.astype(int)
-        self.counts, self.tokens = np.zeros((len(self.rows), 2, 3), int), np.zeros((len(self.rows), 2, 3))  # (R, place, kind)
-        for sums, values in ((self.counts, 1), (self.tokens, tokens)):
-            np.add.at(sums, (self.at, place.astype(int), self.kind), values)
+            if answer is not False:
+                self.rows.append(row)
+                self.used.append(its[:self.orders] if args.early_stop else its)  # later ones are there because of what these said
+                ends.append((0.5 if answer == 1.5 else answer == row["choice"], len(its), sum(j["tokens"] for j in its)))
+        self.missing = len(rows) - len(self.rows)
+        if not self.rows:
+            return
+        read = lambda field, none: np.array([[none if j[field] is None else j[field] for j in its] for its in self.used])
+        verdict, log1, log2 = read("choice", 0), read("logp1", -math.inf), read("logp2", -math.inf)
+        self.place = read("order", 0) ^ np.array([[row["choice"] - 1] for row in self.rows])
+        self.kind = np.where(verdict == 0, 2, verdict - 1 != self.place)
+        self.right, self.wrong = np.where(self.place == 0, (log1, log2), (log2, log1))
+        cells = (self.place[..., None, None] == [[0], [1]]) & (self.kind[..., None, None] == [0, 1, 2])  # (R, S, place, kind)
+        self.counts, self.tokens = cells.sum(1), (cells * read("tokens", 0)[..., None, None]).sum(1)  # (R, place, kind)
         self.sides = [tuple(tuple(c) for c in row if any(c)) for row in self.counts.tolist()]  # of the orders there are
+        self.stops = np.array([ends]) if args.early_stop else self.replay() if self.n > 2 else None
+        self.weighted, self.T = weighted(self) if self.n > 2 else ({}, None)
 
     def chances(self, k):
         """(V, R, 3): chances() of each row."""
-        import numpy as np
         return np.array([[chances(counts, ks) for counts in self.sides] for ks in shares(self.orders, k)])
+
+    def replay(self):
+        """What early stopping would have done with these samples, begun in either order."""
+        lengths, out = self.tokens / np.maximum(self.counts, 1), []  # samples of a kind are alike: their mean length
+        for start in range(self.orders):
+            drawn = [early_stop(counts, start) for counts in self.sides]
+            tokens = [(used * length[there]).sum() for (_, used), length, there in zip(drawn, lengths, self.counts.any(2))]
+            out.append([(accuracy, np.sum(used), t) for (accuracy, used), t in zip(drawn, tokens)])
+        return np.array(out)
 
 
 def lines(tally, args):
     """{name: (V, R)}: the probability that each row is judged rightly, in V variants to be averaged (the two orders, say); NaN: in none."""
-    import numpy as np
-    out, both, n = {}, args.orders == "both", tally.n
+    out, n = {}, tally.n
     with np.errstate(invalid="ignore"):
         right = (tally.counts[:, :, 0] / tally.counts.sum(-1)).T  # (2, R)
-    out["one sample"] = right if both else np.nansum(right, 0, keepdims=True)
+    out["one sample"] = right if tally.orders == 2 else np.nansum(right, 0, keepdims=True)
     if args.orders != "chosen_first":
         out |= {"better answer first": right[:1], "better answer second": right[1:]}
-    if both:
+    if tally.orders == 2:
         out["right in both orders"] = right[:1] * right[1:]
-    if args.early_stop:
-        out[f"early stopping, at most {args.samples}"] = np.array([[accuracy for accuracy, _, _ in tally.online]])
-    elif n > 2:
+    if n > 2:
         out |= {f"voting@{k}": tally.chances(k)[..., 0] for k in sorted({5, 15, n}) if k <= n} | {f"any@{n}": tally.chances(n)[..., 2]}
-        out[f"early stopping, at most {n}"] = np.array([[early_stop(c, start)[0] for c in tally.sides] for start in range(tally.orders)])
-        out |= weighted(tally)
+    if tally.stops is not None:
+        out[f"early stopping, at most {args.samples}"] = tally.stops[..., 0]
+    out |= tally.weighted
     first = np.array([[row["choice"] == 1 for row in tally.rows]], float)
     gain = [len(row["responses"][row["choice"] - 1]) - len(row["responses"][2 - row["choice"]]) for row in tally.rows]
     longer = (1 + np.sign([gain])) / 2
@@ -699,28 +703,26 @@ def lines(tally, args):
 
 
 def weighted(tally):
-    """Votes weighted by the verdict's probability (C.10), and calibrated votes (deviation 9)."""
-    import numpy as np
-    own = np.where(tally.kind == 0, tally.right, np.where(tally.kind == 1, tally.wrong, -math.inf))  # log-probability of the verdict
+    """({line: (1, R)}, T): votes weighted by the verdict's probability (C.10), and calibrated votes (deviation 9); T of either half."""
+    own = np.choose(tally.kind, (tally.right, tally.wrong, -math.inf))  # log-probability of the verdict, (R, S)
     known = own > -math.inf
     if not known.any():
-        return {}
+        return {}, None
     with np.errstate(invalid="ignore"):  # neither is known: no odds
         odds = np.clip(np.nan_to_num(tally.right - tally.wrong, nan=0.0), -20, 20)  # towards the right answer
-    half = np.array([hashlib.sha256(row["set"].encode()).digest()[0] % 2 for row in tally.rows])[tally.at]
-    tally.T = [fit_temperature(odds[(half != side) & (tally.kind < 2)]) for side in (0, 1)]
+    half = np.array([[hashlib.sha256(row["set"].encode()).digest()[0] % 2] for row in tally.rows])
+    T = [fit_temperature(odds[(half != side) & (tally.kind < 2)]) for side in (0, 1)]
     weight = np.where(known, np.exp(own), np.exp(own[known]).mean())  # where it is not known: the usual one
-    out, voted = {}, tally.counts[:, :, :2].any((1, 2))
+    out, said = {}, tally.kind < 2
     for name, votes in (("confidence-weighted", (1 - 2 * tally.kind) * weight),
-                        ("calibrated", np.tanh(odds / np.take(tally.T, half) / 2))):  # 2 sigmoid(z / T) - 1
-        sums = np.bincount(tally.at, np.where(tally.kind < 2, votes, 0), len(tally.rows))
-        out[f"{name}@{tally.n}"] = np.where(voted, (1 + np.sign(sums.round(12))) / 2, 0)[None]
-    return out
+                        ("calibrated", np.tanh(odds / np.take(T, half) / 2))):  # 2 sigmoid(z / T) - 1
+        lead = np.where(said, votes, 0).sum(1).round(12)
+        out[f"{name}@{tally.n}"] = np.where(said.any(1), (1 + np.sign(lead)) / 2, 0)[None]
+    return out, T
 
 
 def scored(values, rows, weights):
     """A line (V, R), with rows counted so many times, (W, R) -> {column: (W,)} in percent: overall, Acc+, groups and their macro."""
-    import numpy as np
     there = ~np.isnan(values).any(0)
     mean, sets, out, published = np.where(there, values.mean(0), 0.0), defaultdict(list), {}, PUBLISHED.get(rows[0]["bench"], {})
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -742,7 +744,6 @@ def scored(values, rows, weights):
 
 def resamples(rows, times=1000, seed=0):
     """(1 + times, R) weights: first the rows as they are, then as many sets of rows drawn with putting back."""
-    import numpy as np
     number = {}
     index = [number.setdefault(row["set"], len(number)) for row in rows]
     drawn = np.random.default_rng(seed).multinomial(len(number), [1 / len(number)] * len(number), times)
@@ -751,35 +752,32 @@ def resamples(rows, times=1000, seed=0):
 
 def interval(values):
     """[value, low, high] at 95 %, of the rows as they are and resampled."""
-    import numpy as np
     found = (values[0], *np.nanpercentile(values[1:], (2.5, 97.5))) if not np.isnan(values[0]) else ()
     return [round(float(v), 3) for v in found] or [None] * 3
 
 
-def about(tally, args):
+def about(tally):
     """What stands below a table: {name: number}, shares in percent."""
-    import numpy as np
     share = lambda flags: round(100 * float(np.mean(flags)), 2) if len(flags) else None
+    said, verdict = [j for its in tally.used for j in its], tally.kind < 2
     with np.errstate(invalid="ignore"):
         a, b = (tally.counts[:, :, 0] / tally.counts[:, :, :2].sum(-1)).T  # right, of the verdicts, in either place
     flips = (a * (1 - b) + b * (1 - a))[~np.isnan(a + b)]
-    out = {"rows": len(tally.rows), "rows left out, not judged to the end": tally.missing, "judgements": len(tally.used),
-           "says 1": share([j["choice"] == 1 for j in tally.used if j["choice"]]), "flips with the order": share(flips),
-           "no verdict": share(tally.kind == 2), "truncated": share([j["finish"] == "length" for j in tally.used]),
-           "doubts itself": share([bool(DOUBTS.search(j["text"])) for j in tally.used]),
-           "tokens a judgement": round(float(np.mean([j["tokens"] for j in tally.used])), 1),
-           "verdicts without log-probability": sum(bool(j["choice"]) and j["logp1"] is None and j["logp2"] is None for j in tally.used)}
-    cost = [(samples, tokens) for _, samples, tokens in tally.online]
-    if not args.early_stop and tally.n > 2:
+    out = {"rows": len(tally.rows), "rows left out, not judged to the end": tally.missing, "judgements": len(said),
+           "says 1": share((tally.kind == tally.place)[verdict]), "flips with the order": share(flips),
+           "no verdict": share(~verdict), "truncated": share([j["finish"] == "length" for j in said]),
+           "doubts itself": share([bool(DOUBTS.search(j["text"])) for j in said]),
+           "tokens a judgement": round(float(np.mean([j["tokens"] for j in said])), 1),
+           "verdicts without log-probability": int((verdict & (tally.right == -math.inf) & (tally.wrong == -math.inf)).sum())}
+    if tally.n > 2:
         out["tied votes"] = share(tally.chances(tally.n)[..., 1].mean(0))
         out["tokens of all samples"] = round(float(tally.tokens.sum() / len(tally.rows)), 1)
-        lengths, there = tally.tokens / np.maximum(tally.counts, 1), tally.counts.any(2)  # samples of a kind are alike: their mean length
-        for i, counts in enumerate(tally.sides):
-            used = np.mean([early_stop(counts, start)[1] for start in range(tally.orders)], 0)
-            cost.append((used.sum(), (used * lengths[i, there[i]]).sum()))
-    if cost:
-        out |= dict(zip(("early stopping: samples", "early stopping: tokens"), (round(float(v), 3) for v in np.mean(cost, 0))))
-    return out | ({"calibration T, of either half": [round(t, 3) for t in tally.T]} if tally.T else {})
+    if tally.stops is not None:
+        _, samples, tokens = tally.stops.mean((0, 1))
+        out |= {"early stopping: samples": round(float(samples), 3), "early stopping: tokens": round(float(tokens), 3)}
+    if tally.T:
+        out["calibration T, of either half"] = [round(t, 3) for t in tally.T]
+    return out
 
 
 def evaluate(bench, rows, done, args):
@@ -792,9 +790,9 @@ def evaluate(bench, rows, done, args):
         return result, ([], {})
     weights, values = resamples(tally.rows), lines(tally, args)
     result["lines"] = {name: {c: interval(v) for c, v in scored(line, tally.rows, weights).items()} for name, line in values.items()}
-    result["about"] = about(tally, args)
+    result["about"] = about(tally)
+    overall = lambda line: interval(scored(line, tally.rows, weights)["overall"])
     for k in range(1, tally.n + 1) if tally.n > 2 else ():
-        overall = lambda line: interval(scored(line, tally.rows, weights)["overall"])
         at = tally.chances(k)
         result["scaling"][k] = {"any of a coin": 100 * (1 - 0.5**k), "vote": overall(at[..., 0]), "any": overall(at[..., 2])}
     return result, (tally.rows, values)
@@ -802,9 +800,8 @@ def evaluate(bench, rows, done, args):
 
 def compare(mine, other):
     """Paired bootstrap on the rows that both runs have: {line: {"rows": n, column: [mine - other in points, low, high, p]}}."""
-    key = lambda row: (row["row"], row["id"], row["question"], *row["responses"], row["choice"])  # what makes a row of two runs the same
-    theirs = {key(row): i for i, row in enumerate(other[0])}
-    both = [(i, theirs[key(row)]) for i, row in enumerate(mine[0]) if key(row) in theirs]
+    theirs = {(row["row"], content(row)): i for i, row in enumerate(other[0])}
+    both = [(i, theirs[at]) for i, row in enumerate(mine[0]) if (at := (row["row"], content(row))) in theirs]
     if not both:
         return {}
     rows, out = [mine[0][i] for i, _ in both], {}
@@ -870,14 +867,12 @@ def table(results):
 
 def figure(results, path):
     """Figure 3: vote and any against the number of samples, a panel a benchmark."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     panels = {bench: r["scaling"] for bench, r in results["benches"].items() if r["scaling"]}
     if not panels:
         return
-    fig, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), squeeze=False, layout="constrained")
-    for axis, (bench, scaling) in zip(axes[0], panels.items()):
+    fig = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
+    for axis, (bench, scaling) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         for name, colour in (("vote", "#1f5fa8"), ("any", "#b8602a")):
             value, low, high = zip(*(at[name] for at in scaling.values()))
             axis.plot(list(scaling), value, "o-", color=colour, markersize=3, label=name)
@@ -885,9 +880,8 @@ def figure(results, path):
         axis.plot(list(scaling), [at["any of a coin"] for at in scaling.values()], ":", color="grey", label="any, of a coin")
         axis.set(title=bench, xlabel="samples a row", ylabel="overall accuracy, %")
         axis.xaxis.get_major_locator().set_params(integer=True)
-    axes[0][0].legend(frameon=False)
+    fig.axes[0].legend(frameon=False)
     fig.savefig(path, dpi=150)
-    plt.close(fig)
 
 
 def page(path, title, items, blind):

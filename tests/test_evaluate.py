@@ -267,7 +267,7 @@ def test_weighted_votes():
     args = args_of("--samples", 4, "--orders", "dataset")
     tally = ev.Tally(rows, judged(rows, args, lambda r, order, sample: said[sample]), args)
     found = ev.lines(tally, args)
-    assert found["voting@4"].mean() == 0.5 and found["confidence-weighted@4"].mean() == 0 and ev.about(tally, args)["tied votes"] == 100
+    assert found["voting@4"].mean() == 0.5 and found["confidence-weighted@4"].mean() == 0 and ev.about(tally)["tied votes"] == 100
     said[3] = says(1, logp1=math.log(0.6), logp2=None)  # the other digit was not among the log-probabilities: as good as impossible
     tally = ev.Tally(rows, judged(rows, args, lambda r, order, sample: said[sample]), args)
     assert ev.lines(tally, args)["confidence-weighted@4"].mean() == 1
@@ -276,9 +276,9 @@ def test_weighted_votes():
 def test_absent_log_probabilities_are_counted():
     rows, args = [row(i) for i in range(4)], args_of("--samples", 4)
     none = ev.Tally(rows, judged(rows, args, lambda *at: says(1)), args)
-    assert ev.about(none, args)["verdicts without log-probability"] == 16 and "confidence-weighted@4" not in ev.lines(none, args)
+    assert ev.about(none)["verdicts without log-probability"] == 16 and "confidence-weighted@4" not in ev.lines(none, args)
     some = ev.Tally(rows, judged(rows, args, lambda r, order, sample: says(1, **({"logp1": -0.1, "logp2": -3.0} if sample else {}))), args)
-    assert ev.about(some, args)["verdicts without log-probability"] == 8 and "confidence-weighted@4" in ev.lines(some, args)
+    assert ev.about(some)["verdicts without log-probability"] == 8 and "confidence-weighted@4" in ev.lines(some, args)
 
 
 # ---------------------------------------------------------------------------------------------------
