@@ -217,7 +217,7 @@ def read_judgements(folder):
                 wrong = [f"{f!r} is {j[f]!r}" for f, kind in FIELDS.items() if not isinstance(j[f], kind)]
                 wrong += [f"{where(j)} is there already"] * (where(j) in done)
             except (ValueError, TypeError, KeyError) as problem:
-                raise Unusable(f"{path}, line {number} is no judgement ({problem!r}); legal: {', '.join(FIELDS)}") from None
+                wrong = [f"no judgement ({problem!r}); legal: {', '.join(FIELDS)}"]
             if wrong:
                 raise Unusable(f"{path}, line {number}: {wrong[0]}; remove that line to have it made again")
             done[where(j)] = j
@@ -297,9 +297,8 @@ def due(row, done, args):
     ahead, jobs = plan(row, args), []
     if args.early_stop:
         found = [picked(j) for j in so_far(row, done, args)]
-        hope = found + ([p for p in found[-1:] if p] or [1]) * 3  # what would end it soonest
-        end = next(n for n in range(len(found), len(hope) + 1) if stopped(hope[:n], args.samples) is not False)
-        ahead = ahead[len(found):end]
+        alike = len(list(takewhile(lambda p: p and p == found[-1], reversed(found))))
+        ahead = ahead[len(found):len(found) + 3 - alike] if stopped(found, args.samples) is False else []
     for *_, order, sample in sorted(at for at in ahead if at not in done):
         if jobs and (jobs[-1].order, jobs[-1].first + jobs[-1].count) == (order, sample):
             jobs[-1] = jobs[-1]._replace(count=jobs[-1].count + 1)
@@ -403,7 +402,7 @@ def engine(args):
         return output_of(c.text, len(c.token_ids), c.finish_reason, *logps)
 
     def answers(jobs):
-        ahead, flying, number = deque(), {}, 0
+        ahead, flying = deque(), {}  # requests that are being prepared; {their name in the engine: job}
         with ThreadPoolExecutor(4) as pool:
             while jobs or ahead or flying:
                 while jobs and len(ahead) < 64:
@@ -411,11 +410,12 @@ def engine(args):
                     ahead.append((job, pool.submit(request, job)))
                 while ahead and sum(job.count for job in flying.values()) < 512:  # the engine runs 256 at a time
                     job, ready = ahead.popleft()
+                    name = f"{job.row['bench']} row {job.row['row']}, order {job.order}, sample {job.first}"
                     try:
-                        llm.add_request(str(number), *ready.result())
+                        llm.add_request(name, *ready.result())
                     except (ValueError, OSError) as problem:
-                        raise Unusable(f"{job.row['bench']} row {job.row['row']}: {problem}. If it is too long: --context") from None
-                    flying[str(number)], number = job, number + 1
+                        raise Unusable(f"{name}: {problem}. If it is too long: --context") from None
+                    flying[name] = job
                 for finished in llm.step():
                     yield flying.pop(finished.request_id), [output(c) for c in finished.outputs]
     return answers
@@ -682,10 +682,11 @@ class Tally:
 
 def lines(tally, args):
     """{name: (V, R)}: the probability that each row is judged rightly, in V variants to be averaged (the two orders, say); NaN: in none."""
-    out, n = {}, tally.n
+    n, places = tally.n, np.array([[1.0], [0.0]])  # who always says 1 is right where the better answer is shown first
     with np.errstate(invalid="ignore"):
-        right = (tally.counts[:, :, 0] / tally.counts.sum(-1)).T  # (2, R)
-    out["one sample"] = right if tally.orders == 2 else np.nansum(right, 0, keepdims=True)
+        right = (tally.counts[:, :, 0] / tally.counts.sum(-1)).T  # (2, R), NaN in a place where the row was not shown
+    shown = lambda right: right if tally.orders == 2 else np.nansum(right, 0, keepdims=True)
+    out = {"one sample": shown(right)}
     if args.orders != "chosen_first":
         out |= {"better answer first": right[:1], "better answer second": right[1:]}
     if tally.orders == 2:
@@ -695,11 +696,9 @@ def lines(tally, args):
     if tally.stops is not None:
         out[f"early stopping, at most {args.samples}"] = tally.stops[..., 0]
     out |= tally.weighted
-    first = np.array([[row["choice"] == 1 for row in tally.rows]], float)
     gain = [len(row["responses"][row["choice"] - 1]) - len(row["responses"][2 - row["choice"]]) for row in tally.rows]
     longer = (1 + np.sign([gain])) / 2
-    always = {"both": np.repeat([[1.0], [0.0]], len(gain), 1), "dataset": first, "chosen_first": np.ones_like(first)}[args.orders]
-    return out | dict(zip(TRIVIAL, (always, longer, 1 - longer, np.full_like(first, 0.5))))
+    return out | dict(zip(TRIVIAL, (shown(np.where(np.isnan(right), right, places)), longer, 1 - longer, np.full_like(longer, 0.5))))
 
 
 def weighted(tally):
