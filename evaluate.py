@@ -14,8 +14,7 @@ Differs from the paper's evaluation and from its released code:
 4) rows are known by their number: ids repeat (released: resuming skips the second row of an id)
 5) a video's frames are in the order of their names (released: in that of the directory)
 6) voting and "any" are exact expectations over all subsets of the samples, half of them in each order, not one draw
-Where the paper is silent:
-7) a tied vote is a coin, one half; no vote at all is wrong
+Where the paper is silent: 7) a tied vote is a coin, one half; no vote at all is wrong
 8) early stopping takes the orders in turn; an unparsed sample costs, breaks the run and has no vote
 9) calibrated weighting (the paper's future work): votes of sigmoid(log-odds / T) - 1/2, with the likeliest T on the other half of the rows
 
@@ -57,7 +56,7 @@ import torch
 from annotate import (JUDGING_PROMPT, Endpoint, Unanswered, Unusable, as_sent, at_least, check_pair, data_url, each_pair, frames,
                       keep, locate, located_lines, messages, table_rows, turn, whole)
 from annotate import table as markdown
-from sft import HF, collate, critique_of, encode, for_vllm, load_policy, micro_batches, read_media
+from sft import HF, collate, critique_of, encode, for_vllm, load_policy, micro_batches, read_media, start_vllm
 from stable_reinforce import parse
 
 # ---------------------------------------------------------------------------------------------------
@@ -109,14 +108,14 @@ PUBLISHED = {  # rows of each group
 
 def media(folder, out, image=None, video=None):
     """What a row names -> images and video of a pair. A picture inside a table goes to out/media; what is not there keeps its path."""
-    place = lambda name: locate(folder, name) or os.path.join(folder, name)
-    if isinstance(image, dict):  # a parquet's cell
-        kept = keep(image["bytes"], Path(out, "media")) if image["bytes"] else [place(image["path"])]
+    place = lambda name: locate(folder, name) or os.path.join(folder, str(name))
+    picture = place(image) if image else None
+    if isinstance(picture, bytes):  # it lay inside a table
+        kept = keep(picture, Path(out, "media"))
         if isinstance(kept, str):
             raise LookupError(kept)
-    else:
-        kept = [place(image)] if image else []
-    return {"images": list(kept[:1]), "video": (frames(place(video)) or [place(video)]) if video else None}  # deviation 5
+        picture, _ = kept
+    return {"images": [picture] if picture else [], "video": (frames(place(video)) or [place(video)]) if video else None}  # deviation 5
 
 
 def bench_rows(name, path, out, group="source"):
@@ -163,11 +162,8 @@ def fits(rows):
     words = lambda text: {w for w in re.findall(r"\w+", text.lower()) if len(w) > 3}
     asked, said = [words(r["question"]) for r in rows], [words(" ".join(r["responses"])) for r in rows]
     far = said[len(rows) // 2:] + said[:len(rows) // 2]
-    gain = [(len(q & own) - len(q & other)) / max(1, len(q)) for q, own, other in zip(asked, said, far)]
-    if sum(map(bool, gain)) < 20:
-        return math.inf
-    mean = sum(gain) / len(gain)
-    return mean / math.sqrt(sum((g - mean) ** 2 for g in gain) / (len(gain) - 1) / len(gain))
+    gain = np.array([(len(q & own) - len(q & other)) / max(1, len(q)) for q, own, other in zip(asked, said, far)])
+    return math.inf if np.count_nonzero(gain) < 20 else gain.mean() / gain.std(ddof=1) * math.sqrt(len(gain))
 
 
 def check_data(bench, rows):
@@ -325,8 +321,8 @@ def collect(rows, answers, done, args, write=None):
             write(judgements)
         done |= {where(j): j for j in judgements}
         flying[address(job.row)] -= job.count
-        if args.early_stop and not flying[address(job.row)]:
-            total += ask(job.row)
+        if not flying[address(job.row)]:
+            total += ask(job.row)  # early stopping may want more
         made, tokens, spent = made + job.count, tokens + sum(o["tokens"] for o in outputs), time.monotonic() - start
         if write and (spent > told + 10 or made == total):
             told = spent
@@ -362,23 +358,14 @@ def load_vllm(args):
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(64)))).split(",")
         first = int(torchrun["LOCAL_RANK"]) * args.tensor_parallel
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[first:first + args.tensor_parallel])
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    special = {} if torch.cuda.is_available() else dict(  # on a CPU a seeded request whose prompt is read in pieces stops the engine
-        enforce_eager=True, dtype="float32", enable_chunked_prefill=False, max_num_batched_tokens=max(8192, args.context))
-    if special:
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
     from transformers import AutoProcessor
-    from vllm import LLM
-
     processor = AutoProcessor.from_pretrained(args.model)
     if args.max_pixels:
         processor.image_processor.size = processor.image_processor.size | {"longest_edge": args.max_pixels}
     digits = [processor.tokenizer.encode(d, add_special_tokens=False) for d in "12"]
     if any(len(d) != 1 for d in digits):
         raise Unusable(f"--model {args.model}: its tokens of 1 and 2 are {digits}; legal: a model to which a digit is one token, as Qwen's")
-    llm = LLM(args.model, max_model_len=args.context, tensor_parallel_size=args.tensor_parallel,
-              limit_mm_per_prompt={"image": 16, "video": 1}, **special)
+    llm = start_vllm(args.model, args.context, tensor_parallel_size=args.tensor_parallel, limit_mm_per_prompt={"image": 16, "video": 1})
     os.environ |= torchrun
     return llm.llm_engine, processor, [d[0] for d in digits]
 
@@ -498,8 +485,8 @@ def scores(args):
     return rewarded(reward)
 
 
-def heads(args, budget=16384):
-    """The reward heads of sft.py: scalar scores a response, critic its own critique of it. budget: padded tokens of a micro-batch."""
+def heads(args):
+    """The reward heads of sft.py: scalar scores a response, critic its own critique of it."""
     policy, processor = load_policy(args.model, max_pixels=args.max_pixels)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     policy.to(device).eval()
@@ -514,7 +501,7 @@ def heads(args, budget=16384):
             replies = HF(policy, processor, device).generate(asked, temperature=0.0, max_tokens=args.max_new_tokens)
             asked = [row | {"response": sample["ids"]} for row, (sample,) in zip(asked, replies)]
             texts = [processor.tokenizer.decode(row["response"], skip_special_tokens=True) for row in asked]
-        for group in micro_batches([[row | {"number": i}] for i, row in enumerate(asked)], budget):
+        for group in micro_batches([[row | {"number": i}] for i, row in enumerate(asked)], 16384):  # padded tokens
             said = policy(collate(group, processor.tokenizer.pad_token_id, device))["score"].tolist()
             found |= {row["number"]: score for row, score in zip(group, said)}
         return [((found[i], found[i + 1]), "\n\n".join(texts[i:i + 2]).strip()) for i in range(0, len(asked), 2)]
@@ -1040,22 +1027,22 @@ def run(args):
         done = read_judgements(out)
 
     # 3. scores
-    results, values = {"args": vars(args), "benches": {}}, {}
-    for bench, rows in benches.items():
-        results["benches"][bench], values[bench] = evaluate(bench, rows, done, args)
+    found = {bench: evaluate(bench, rows, done, args) for bench, rows in benches.items()}
     if args.compare:
         theirs = check_args(parser().parse_args(["--score_only", "--out", args.compare]))
         if theirs.orders != args.orders:
             raise Unusable(f"--compare {args.compare}: its orders are {theirs.orders}, here {args.orders}; legal: runs in the same orders")
+        others = read_judgements(args.compare)
         for bench, rows in read_rows(theirs).items():
-            if bench in benches:
-                _, other = evaluate(bench, rows, read_judgements(args.compare), theirs)
-                results["benches"][bench]["compared"] = compare(values[bench], other)
+            if bench in found:
+                result, ours = found[bench]
+                result["compared"] = compare(ours, evaluate(bench, rows, others, theirs)[1])
+    results = {"args": vars(args), "benches": {bench: result for bench, (result, _) in found.items()}}
 
     # 4. results.json, table.md, scaling.png, page.html, ab.html
     (out / "results.json").write_text(json.dumps(results, indent=1))
-    (out / "table.md").write_text(table(results))
-    print(table(results))
+    (out / "table.md").write_text(text := table(results))
+    print(text)
     figure(results, out / "scaling.png")
     if args.page:
         page(out / "page.html", f"{args.scores or args.model}: judgements", page_items(benches, done, args.page), blind=False)

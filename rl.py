@@ -50,7 +50,7 @@ import torch.distributed as dist
 from annotate import Unusable, messages, read_pairs, swap
 from judge import ConsistencyJudge
 from sft import (HF, Log, barred, collate, curves, for_vllm, gathered, header, load_policy, make_engine, micro_batches, reduced, resumed,
-                 save_checkpoint, save_policy, setup, to_sample, token_logps, update)
+                 save_checkpoint, save_policy, setup, start_vllm, to_sample, token_logps, update)
 from stable_reinforce import ALGORITHMS, KL, advantages, final_reward, format_reward, parse, result_reward, returns_to_go
 
 # ---------------------------------------------------------------------------------------------------
@@ -67,16 +67,10 @@ class VLLM:
 
     def __init__(self, folder, processor, device, seed=0, tp=1, max_len=4096, memory=0.4):
         self.gpu = device.type == "cuda"
-        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if self.gpu else "ERROR")
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-        from vllm import LLM
-
-        # a seeded request whose prefill is cut in chunks stops vLLM on a CPU; there, batches are bounded by tokens, not by memory
-        where = dict(gpu_memory_utilization=memory, enable_sleep_mode=True) if self.gpu else dict(
-            dtype="float32", enforce_eager=True, enable_chunked_prefill=False, max_num_batched_tokens=max(8192, max_len))
-        self.llm = LLM(str(folder), max_model_len=max_len, seed=seed, tensor_parallel_size=tp, limit_mm_per_prompt={"image": 8, "video": 1},
-                       distributed_executor_backend="external_launcher", max_num_seqs=256, **where)
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights stream into this very process
+        where = dict(gpu_memory_utilization=memory, enable_sleep_mode=True) if self.gpu else {}
+        self.llm = start_vllm(folder, max_len, seed=seed, tensor_parallel_size=tp, limit_mm_per_prompt={"image": 8, "video": 1},
+                              distributed_executor_backend="external_launcher", max_num_seqs=256, **where)
         self.pads = [processor.tokenizer.convert_tokens_to_ids(t) for t in ("<|image_pad|>", "<|video_pad|>")]
         self.bias = {i: -100.0 for i in barred(processor, self.llm.llm_engine.model_config.get_vocab_size())}
         self.eos = processor.tokenizer.eos_token_id

@@ -311,6 +311,19 @@ def for_vllm(images, videos, metadata):
     return {"multi_modal_data": data, "mm_processor_kwargs": {"do_resize": False}} if data else {}
 
 
+def start_vllm(folder, context, **options):
+    """vLLM as stages 3 and 4 start it, with what a CPU needs in the place of a GPU."""
+    cuda = torch.cuda.is_available()
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if cuda else "ERROR")
+    if not cuda:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+        # a seeded request whose prefill is cut in chunks stops vLLM on a CPU; there, batches are bounded by tokens, not by memory
+        options |= dict(dtype="float32", enforce_eager=True, enable_chunked_prefill=False, max_num_batched_tokens=max(8192, context))
+    from vllm import LLM
+    return LLM(str(folder), max_model_len=context, **options)
+
+
 def length(row):
     return len(row["prompt"]) + len(row["response"])
 
