@@ -350,8 +350,9 @@ def output_of(text, tokens=0, finish="stop", logp1=None, logp2=None):
             "finish": "length" if finish == "length" else "stop"}
 
 
-def load_vllm(args):
-    """(engine, processor, the ids of "1" and "2"). The ranks of torchrun need not meet: each has an engine, and GPUs, of its own."""
+def engine(args):
+    """vLLM in this process: images are read ahead by threads, and each is processed once for all samples of a job."""
+    # the ranks of torchrun need not meet: each has an engine, and GPUs, of its own
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     torchrun = {k: os.environ.pop(k) for k in names if k in os.environ}
     if torchrun:
@@ -362,17 +363,12 @@ def load_vllm(args):
     processor = AutoProcessor.from_pretrained(args.model)
     if args.max_pixels:
         processor.image_processor.size = processor.image_processor.size | {"longest_edge": args.max_pixels}
-    digits = [processor.tokenizer.encode(d, add_special_tokens=False) for d in "12"]
-    if any(len(d) != 1 for d in digits):
-        raise Unusable(f"--model {args.model}: its tokens of 1 and 2 are {digits}; legal: a model to which a digit is one token, as Qwen's")
-    llm = start_vllm(args.model, args.context, tensor_parallel_size=args.tensor_parallel, limit_mm_per_prompt={"image": 16, "video": 1})
+    digits = processor.tokenizer.encode("12", add_special_tokens=False)
+    if processor.tokenizer.convert_ids_to_tokens(digits) != ["1", "2"]:
+        raise Unusable(f"--model {args.model} reads 12 as the tokens {digits}; legal: a model to which each digit is one token, as Qwen's")
+    llm = start_vllm(args.model, args.context, tensor_parallel_size=args.tensor_parallel,
+                     limit_mm_per_prompt={"image": 16, "video": 1}).llm_engine
     os.environ |= torchrun
-    return llm.llm_engine, processor, [d[0] for d in digits]
-
-
-def engine(args):
-    """vLLM in this process: images are read ahead by threads, and each is processed once for all samples of a job."""
-    llm, processor, digits = load_vllm(args)
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -709,19 +705,20 @@ def weighted(tally):
 
 def scored(values, rows, weights):
     """A line (V, R), with rows counted so many times, (W, R) -> {column: (W,)} in percent: overall, Acc+, groups and their macro."""
-    there = ~np.isnan(values).any(0)
-    mean, sets, out, published = np.where(there, values.mean(0), 0.0), defaultdict(list), {}, PUBLISHED.get(rows[0]["bench"], {})
+    right, sets, published = values.mean(0), defaultdict(list), PUBLISHED.get(rows[0]["bench"], {})
+    share = lambda right: 100 * (weights @ np.nan_to_num(right)) / (weights @ ~np.isnan(right))  # a row that is NaN does not count
+    for i, row in enumerate(rows):
+        sets[row["set"]].append(i)
     with np.errstate(invalid="ignore", divide="ignore"):
-        share = lambda chosen: 100 * (weights @ (mean * chosen)) / (weights @ chosen.astype(float))
-        out["overall"] = share(there)
-        for i, row in enumerate(rows):
-            sets[row["set"]].append(i)
-        if len(sets) < len(rows):  # a set is right if all its rows are; its rows have the same weight
-            right, heads = np.array([values[:, its].prod(1).mean() for its in sets.values()]), [its[0] for its in sets.values()]
-            out["Acc+"] = 100 * weights[:, heads] @ np.nan_to_num(right) / (weights[:, heads] @ ~np.isnan(right))
+        out = {"overall": share(right)}
+        if len(sets) < len(rows):  # a set is right if all its rows are; the first one stands for it, all having the same weight
+            plus = np.full(len(rows), np.nan)
+            plus[[its[0] for its in sets.values()]] = [values[:, its].prod(1).mean() for its in sets.values()]
+            out["Acc+"] = share(plus)
         for grouping in rows[0]["groups"]:
             of = np.array([row["groups"][grouping] for row in rows])
-            parts = {g: share(there & (of == g)) for g in dict.fromkeys([*published.get(grouping, ()), *sorted(set(of.tolist()))])}
+            names = dict.fromkeys([*published.get(grouping, ()), *sorted(set(of.tolist()))])
+            parts = {g: share(np.where(of == g, right, np.nan)) for g in names}
             counted = [p for g, p in parts.items() if g in published.get(grouping, parts) and not np.isnan(p[0])]  # toxicity is in none
             out[f"{grouping}: macro"] = np.mean(counted, 0) if counted else np.full(len(weights), np.nan)
             out |= {f"{grouping}: {g}": p for g, p in parts.items()}
