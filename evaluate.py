@@ -199,6 +199,7 @@ digest = lambda *parts: hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:
 content = lambda row: digest(row["id"], row["question"], row["responses"], row["choice"])  # what makes a row of two runs the same
 where = lambda j: (*address(j), j["order"], j["sample"])
 picked = lambda j: j["choice"] and (3 - j["choice"] if j["order"] else j["choice"])  # 1 or 2 as the row lists its answers; None: no verdict
+larger = lambda a, b: None if a == b else 1 if a > b else 2
 # the flags that a judgement depends on
 MADE_BY = ("model", "base_url", "scores", "temperature", "max_new_tokens", "max_pixels", "early_stop", "seed")
 
@@ -285,7 +286,7 @@ def stopped(found, limit, run=3):
     if len(found) >= run and found[-1] and len(set(found[-run:])) == 1:
         return found[-1]
     ones, twos = found.count(1), found.count(2)
-    return False if len(found) < limit else None if not ones + twos else 1.5 if ones == twos else 1 if ones > twos else 2
+    return False if len(found) < limit else larger(ones, twos) or (1.5 if ones else None)
 
 
 def due(row, done, args):
@@ -456,9 +457,8 @@ def rewarded(reward):
             for job in now:
                 (a, b), text = known[address(job.row)]
                 a, b = (b, a) if job.order else (a, b)
-                norm = max(a, b) + math.log1p(math.exp(-abs(a - b)))
-                choice = None if a == b else 1 if a > b else 2
-                yield job, [output_of(text, 0, "stop", a - norm, b - norm) | {"choice": choice}] * job.count
+                norm = float(np.logaddexp(a, b))
+                yield job, [output_of(text, 0, "stop", a - norm, b - norm) | {"choice": larger(a, b)}] * job.count
     return answers
 
 
@@ -534,7 +534,7 @@ class Judge:
         found = [picked(j) for j in said]
         lean = found.count(1) - found.count(2) or sum(  # in a tie, whoever is surer
             (1 - 2 * j["order"]) * (j["logp1"] - j["logp2"]) for j in said if None not in (j["choice"], j["logp1"], j["logp2"]))
-        choice = None if lean == 0 else 1 if lean > 0 else 2
+        choice = larger(lean, 0)
         reasoning = next((j["text"] for j, p in zip(said, found) if p and p == choice), "")
         votes = tuple(map(found.count, (1, 2, None)))
         return Judged(choice, votes[choice - 1] / len(found) if choice else 0.0, votes, reasoning)
