@@ -398,8 +398,8 @@ def fingerprint(picture):
         return hashlib.sha256(repr(seen.size).encode() + seen.tobytes()).hexdigest()[:32], form
 
 
-def keep(value, folder):
-    """A picture's path or bytes -> (path, hash of its pixels), or the reason to drop its row."""
+def keep(value, folder=None):
+    """A picture's path or bytes -> (path, hash of its pixels), or the reason to drop its row. Bytes become a file in folder, if any."""
     if isinstance(value, str) and "://" in value:
         return "picture is a URL"
     if value is None or isinstance(value, str) and not os.path.isfile(value):
@@ -408,7 +408,7 @@ def keep(value, folder):
         pixels, form = fingerprint(value)
     except Exception:  # what a damaged file raises is up to the decoder: OSError, SyntaxError, ValueError, struct.error, ...
         return "unreadable image"
-    if isinstance(value, str):
+    if isinstance(value, str) or folder is None:
         return value, pixels
     name = hashlib.sha256(value).hexdigest()[:32]
     path = Path(folder, name[:2], f"{name}.{form.lower()}")
@@ -481,19 +481,19 @@ def benchmark_marks(files):
     for file in files:
         absent = 0
         for where, row in table_rows(file, []):
-            get = lambda *names: next((row[n] for n in names if row.get(n) is not None), None)
+            get = lambda *names: next((row[n] for n in names if isinstance(row, dict) and row.get(n) is not None), None)
             question = get("query", "prompt", "Text", "question")
             answers = get("response", "responses") or [get("chosen", "Output1"), get("rejected", "Output2")]
             if question is None or None in answers:
                 raise Unusable(f"{where} has no question with two answers; legal for --decontaminate: the files of VL-RewardBench, "
                                "Multimodal RewardBench and MM-RLHF-RewardBench, or pairs")
             found = own({"prompt": "", "chosen": "", "rejected": ""} | row | {"image": get("image", "Image")}, 0, os.path.dirname(file))
-            pictures = found.get("video") or found.get("images", ())
-            absent += sum(p is None for p in pictures)
-            pixels = [fingerprint(p)[0] for p in pictures if p is not None]
+            kept = [keep(picture) for picture in found.get("video") or found.get("images", ())]
+            pixels = [k[1] for k in kept if not isinstance(k, str)]
+            absent += len(kept) - len(pixels)
             for kind, mark in marks(str(get("id", "ID")), question, answers, pixels).items():
                 known[kind] |= mark
-        print(f"{file}: {absent} of its pictures are not there, so they match nothing" if absent else f"{file}: read")
+        print(f"{file}: {absent} of its pictures cannot be read, so they match nothing" if absent else f"{file}: read")
     return known
 
 

@@ -277,6 +277,19 @@ def test_decontamination_by_id_text_and_picture(tmp_path):
     assert {p["id"] for p in pairs} == {"train-yellow", "train-black"}
     with pytest.raises(Unusable, match="no question with two answers; legal for --decontaminate"):
         mixed([f"pairs={train}"], tmp_path / "other", "--decontaminate", str(mine(tmp_path, [{"a": 1}], "odd.jsonl")))
+    with pytest.raises(Unusable, match="line 1 has no question with two answers"):
+        mixed([f"pairs={train}"], tmp_path / "list", "--decontaminate", str(mine(tmp_path, [[]], "list.jsonl")))
+
+
+def test_pictures_of_a_benchmark_that_cannot_be_read_match_nothing_and_are_counted(tmp_path, capsys):
+    """Not there, a URL, cut off: none of them stops the run."""
+    (tmp_path / "cut.png").write_bytes(png((64, 64))[:-40])
+    (tmp_path / "a.png").write_bytes(png())
+    rows = [{"prompt": "?", "chosen": "x", "rejected": "y", "image": i} for i in ("none.png", "http://a/b.png", "cut.png", "a.png")]
+    train = mine(tmp_path, plain(1, image="a.png") + plain(3)[1:], "train.jsonl")
+    counts, _ = mixed([f"pairs={train}"], tmp_path / "out", "--decontaminate", str(mine(tmp_path, rows)))
+    assert counts["pairs"] == {"in a benchmark, by picture": 1, "pairs": 2, "taken": 2}
+    assert "3 of its pictures cannot be read" in capsys.readouterr().out
 
 
 def test_the_toy_benchmarks_share_no_id_and_no_picture_with_the_training_sources(tmp_path):
