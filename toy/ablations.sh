@@ -4,7 +4,7 @@
 #   toy/ablations.sh              all of it, about an hour and a half
 #   toy/ablations.sh seeds        three seeds, and the consistency weight (Table 7)
 #   toy/ablations.sh harsh        StableReinforce against no pre-clip and no filter where training breaks (Fig. 2), five seeds
-#   toy/ablations.sh judges       how good the consistency judge is, and how much it weighs (Table 13), three seeds
+#   toy/ablations.sh judges       how good the consistency judge is, and how much it weighs (Table 13), three seeds; not yet run
 #   toy/ablations.sh heads        the three kinds of reward model (Table 5)
 #   toy/ablations.sh downstream   a policy trained by the reward model and by a coin (Table 11), three seeds
 set -euo pipefail
@@ -43,13 +43,13 @@ harsh() { # 32 updates on each rollout, no bound on the gradient's norm
     python toy/compare.py "StableReinforce=$OUT/harsh/stable-" "no pre-clip, no filter=$OUT/harsh/plain-" --out results/toy_harsh
 }
 
-serve() { # a model's folder, port, the longest text: a real vLLM server on loopback
+serve() { # a model's folder, a port: a real vLLM server on loopback
     VLLM_CPU_KVCACHE_SPACE=1 python -m vllm.entrypoints.openai.api_server --model "$1" --dtype float32 --enforce-eager \
         --max-model-len 1024 --host 127.0.0.1 --port "$2" > "$OUT/server-$2.log" 2>&1 &
     until python -c "import urllib.request; urllib.request.urlopen('http://127.0.0.1:$2/health')" 2>/dev/null; do sleep 1; done
 }
 
-judges() { # toy/base and toy/weak for Qwen2.5-VL-7B and 3B
+judges() { # toy/base for Qwen2.5-VL-7B; there is no weaker base that judges consistency above chance
     serve toy/base 8021
     serve toy/weak 8022
     for seed in 0 1 2; do
@@ -57,13 +57,12 @@ judges() { # toy/base and toy/weak for Qwen2.5-VL-7B and 3B
             echo "$OUT/judges/$name-$seed/curves.png rl.py @toy/rl.args $TEST --seed $seed $flags --out $OUT/judges/$name-$seed"
         done <<END
 strong --judge_url http://127.0.0.1:8021/v1 --judge_model toy/base
-weak --judge_url http://127.0.0.1:8022/v1 --judge_model toy/weak
 noisy --judge_url http://127.0.0.1:8021/v1 --judge_model toy/base --judge_noise 0.25
 noisy_quarter --judge_url http://127.0.0.1:8021/v1 --judge_model toy/base --judge_noise 0.25 --consistency_weight 0.25
 random --judge random
 END
     done | two
-    python toy/compare.py "toy/base=$OUT/judges/strong-" "toy/weak=$OUT/judges/weak-" "toy/base, 25 % flipped=$OUT/judges/noisy-" \
+    python toy/compare.py "toy/base=$OUT/judges/strong-" "toy/base, 25 % flipped=$OUT/judges/noisy-" \
         "the same, weight 0.25=$OUT/judges/noisy_quarter-" "a coin=$OUT/judges/random-" "none: weight 0=$OUT/seeds/weight0-" --out results/toy_judges
 }
 
