@@ -74,7 +74,7 @@ heads() {
         echo "$OUT/heads/$model/table.md evaluate.py --model $OUT/$model --bench pairs=$OUT/data/test/pairs.jsonl --limit 600 --group family" \
              "--temperature 0 --max_new_tokens 128 --context 1024 --page 0 --out $OUT/heads/$model"
     done | two
-    for model in scalar critic sft rl; do echo "# $OUT/$model"; echo; cat $OUT/heads/$model/table.md; echo; done > results/toy_heads.md
+    for model in scalar critic sft rl; do cat $OUT/heads/$model/table.md; echo; done > results/toy_heads.md
     grep -E '^# |^\| one sample' results/toy_heads.md
 }
 
@@ -87,7 +87,7 @@ downstream() {
              "--judge $judge --seed $seed --out $folder"
     done; done | two
     for judge in model random; do for seed in 0 1 2; do
-        echo "$judge $seed: $(grep -o '"eval_[a-z]*": [0-9.]*' $OUT/grpo/$judge-$seed/log.jsonl | tr -d '"' | paste -sd' ')"
+        echo "$judge $seed: $(grep -oE '"eval_(greedy|sampled|win)": [0-9.]+' $OUT/grpo/$judge-$seed/log.jsonl | tr -d '"' | paste -sd' ')"
     done; done | tee results/downstream.txt
 }
 
