@@ -51,7 +51,6 @@ serve() { # a model's folder, a port: a real vLLM server on loopback
 
 judges() { # toy/base for Qwen2.5-VL-7B; there is no weaker base that judges consistency above chance
     serve toy/base 8021
-    serve toy/weak 8022
     for seed in 0 1 2; do
         while read -r name flags; do
             echo "$OUT/judges/$name-$seed/curves.png rl.py @toy/rl.args $TEST --seed $seed $flags --out $OUT/judges/$name-$seed"
