@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from annotate import JUDGING_PROMPT
 from stable_reinforce import parse
-from toy import model as toy_model, pretrain, world
+from toy import model as toy_model, pretrain, weaker, world
 
 
 def sets(n_sets, seed=0, **options):
@@ -223,6 +223,17 @@ def test_vllm_and_transformers_agree_on_ids_and_log_probabilities(tmp_path):
             logp = model(**inputs).logits[0, -len(row["ids"]) - 1:-1].log_softmax(-1).gather(1, said.T)[:, 0]
         worst = max(worst, (logp - torch.tensor(row["logp"])).abs().max().item())
     assert 0 < worst < 1e-4
+
+
+def test_the_weaker_judge_is_weaker_and_no_coin():
+    """C.11: it misses agreements, lets next to no contradiction pass; the base that it is made of judges all of them rightly."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model, processor = AutoModelForImageTextToText.from_pretrained(ROOT / "toy/base"), AutoProcessor.from_pretrained(ROOT / "toy/base")
+    assert weaker.figures(model, processor, n=100) == {"agree": 1.0, "disagree": 1.0}
+    weaker.round_layer(model)
+    right = weaker.figures(model, processor, n=100)
+    assert 0.4 < right["agree"] < 0.8 and right["disagree"] > 0.95
 
 
 # ---------------------------------------------------------------------------------------------------
