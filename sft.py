@@ -439,6 +439,7 @@ def update(engine, batches, loss_of, lr):
     that is not finite changes nothing, and the norm is inf.
     """
     world, total = dist.get_world_size(), 0.0
+    engine.train()  # what from_pretrained made is not in training, and there --recompute would do nothing
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     for rows in batches:
@@ -871,7 +872,6 @@ def main():
             text, pair, _ = losses(engine, collated(rows))
             return text / max(1, tokens) + pair / max(1, n)
 
-        engine.train()
         lr = schedule(step - 1, len(batches), args.lr, round(args.warmup * len(batches)), args.schedule)
         loss, norm = update(engine, micro_batches(groups, args.micro_tokens), loss_of, lr)
         if not math.isfinite(loss + norm):

@@ -328,24 +328,28 @@ def worker(folder):
         policy, processor = sft.load_policy(folder / "base", dtype=torch.float32, recompute=recompute)
         rows = [sft.rows_of(pair, processor, None, 4096)[0] for pair in read_pairs(folder / "pairs.jsonl", 7)]
         mine = [rows[3:4], rows[:3] + rows[4:]][rank]  # one rank has a single text, the other all that has pictures
-        engine = sft.make_engine(policy.train(), zero, LR, device)
+        engine, passes = sft.make_engine(policy, zero, LR, device), []
+        policy.model.base_model.language_model.layers[0].input_layernorm.register_forward_hook(lambda *_: passes.append(1))
         tokens = sum(len(row["response"]) for row in rows)
         broken = math.nan
 
         def loss_of(rows):
             return -sft.token_logps(engine, sft.collate(rows, 0)).sum() / tokens
 
-        steps = [sft.update(engine, sft.micro_batches([[row] for row in mine], budget), loss_of, LR) for _ in range(STEPS)]
+        batches = sft.micro_batches([[row] for row in mine], budget)
+        steps = [sft.update(engine, batches, loss_of, LR) for _ in range(STEPS)]
+        # with recomputation each layer runs once more in the backward; without .train(), which from_pretrained takes away, it did not
+        assert len(passes) == STEPS * len(batches) * (1 + recompute), (zero, budget, recompute, len(passes))
         weights = {}
         for name, p in policy.named_parameters():
             with sft.gathered([p]):
                 weights[name] = p.detach().clone()
-        spoilt = sft.update(engine, sft.micro_batches([[row] for row in mine], budget), lambda rows: loss_of(rows) * broken, LR)
+        spoilt = sft.update(engine, batches, lambda rows: loss_of(rows) * broken, LR)
         moved = 0.0
         for name, p in policy.named_parameters():
             with sft.gathered([p]):
                 moved = max(moved, float((p - weights[name]).abs().max()))
-        again = sft.update(engine, sft.micro_batches([[row] for row in mine], budget), loss_of, 0.0)[0]
+        again = sft.update(engine, batches, loss_of, 0.0)[0]
         found[f"{zero} {budget}"] = {"losses": [s[0] for s in steps], "norms": [s[1] for s in steps], "spoilt": spoilt,
                                      "moved": moved, "again": again}
         pairs = read_pairs(folder / "val.jsonl")[:5]  # one rank judges three of them, the other two
