@@ -221,6 +221,7 @@ def policy_loss(logp, logp_old, adv, mask, clip=1e3, eps=0.2, norm=None, eps_hig
     gain = torch.min(ratio * adv, ratio.clamp(low, high) * adv)  # (B, T)
     ratio = pre_clip(diff.detach(), clip).exp()  # of every token: for the statistics
     stats = _stats(diff, ratio, mask, clip, (ratio < low) & (adv < 0), (ratio > high) & (adv > 0))
+    stats["token_loss_max"] = torch.cat([gain.new_zeros(1), -gain.detach().flatten()]).max()  # |A| delta at most, with a pre-clip
     return -_average(gain, mask, mean, norm), stats
 
 

@@ -613,10 +613,10 @@ def test_statistics_by_hand():
     stats = {k: v.item() for k, v in policy_loss(diff, torch.zeros_like(diff), adv, mask, clip=100)[1].items()}
     kl = (100 - 1 - 4.60517) + (0.01 - 1 + 4.60517) + (0.5 - math.log(1.5)) + (-0.5 + math.log(2)) + 0
     assert stats == pytest.approx({"tokens": 5, "ratio_mean": 103.01 / 5, "ratio_max": 100, "log_ratio_max": 9, "preclipped": 0.4,
-                                   "clipped_low": 0.4, "clipped_high": 0.4, "kl": kl / 5}, rel=1e-6)
+                                   "clipped_low": 0.4, "clipped_high": 0.4, "kl": kl / 5, "token_loss_max": 0.8}, rel=1e-6)
     stats = policy_loss(diff, torch.zeros_like(diff), -adv, mask, clip=None)[1]  # signs turned: PPO clips none of them
     assert stats["clipped_low"] == stats["clipped_high"] == stats["preclipped"] == 0
-    assert stats["ratio_max"].item() == pytest.approx(math.exp(8))
+    assert stats["ratio_max"].item() == stats["token_loss_max"].item() == pytest.approx(math.exp(8))  # A = -1 of the first token
     stats = policy_loss(diff, torch.zeros_like(diff), adv * 0, mask)[1]  # a filtered judgement is not clipped, it is gone
     assert stats["clipped_low"] == stats["clipped_high"] == 0
     stats = policy_loss(diff, torch.zeros_like(diff), adv, mask, eps_high=0.6)[1]  # 1.5 is inside now

@@ -243,7 +243,7 @@ def test_the_weaker_judge_is_weaker_and_no_coin():
 def written_run(folder, greedy, text):
     """A run of two steps as rl.py logs it: 10 judgements a step, all the same text."""
     folder.mkdir(parents=True)
-    step = {"loss": 0.1, "loss_max": 0.5, "log_ratio_max": 7.5, "length": 20.0, "samples": 10, "preclipped": 0.01, "filtered": 0.1, "skipped": 0,
+    step = {"loss": 0.1, "loss_max": 0.5, "log_ratio_max": 7.5, "token_loss_max": 3.0, "length": 20.0, "samples": 10, "preclipped": 0.01, "filtered": 0.1, "skipped": 0,
             "consistency": 0.5, "seconds": 2.0, "entropy": 0.1}
     held = {"eval_n": 600, "eval_sampled": 0.5, "eval_sampled_format": 1.0}
     rows = [{"args": {}}, {"step": 0, **held, "eval_greedy": 0.5}, {"step": 1, **step}, {"step": 2, **step, **held, "eval_greedy": greedy}]

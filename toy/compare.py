@@ -32,9 +32,10 @@ def run_of(folder):
     for name, begin, end in (("first", 1, 5), ("last", last - 4, last)):
         said = [json.loads(line) for path in folder.glob("rollouts-*.jsonl") for line in path.read_text().splitlines()]
         manners[name] = Counter(world.manner_of(row["text"]) or "no verdict" for row in said if begin <= row["step"] <= end)
-    worst = lambda key: max((row[key] for row in steps if row[key] is not None), default=0.0)
+    worst = lambda key: max((row[key] for row in steps if row.get(key) is not None), default=float("nan"))
     tokens = [row["length"] * row["samples"] for row in steps]
     return {"steps": steps, "held": held, "manners": manners, "loss_max": worst("loss_max"), "log_ratio": worst("log_ratio_max"),
+            "token_loss_max": worst("token_loss_max"),
             "preclipped": sum(n * row["preclipped"] for n, row in zip(tokens, steps)), "tokens": sum(tokens),
             "filtered": sum(row["filtered"] * row["samples"] for row in steps), "judgements": sum(row["samples"] for row in steps),
             "skipped": sum(row["skipped"] for row in steps), "seconds": sum(row["seconds"] for row in steps)}
@@ -70,6 +71,7 @@ def table(settings):
     row("contradictions among descriptions, last five steps, %",
         lambda runs: spread([contradictions(run["manners"]["last"]) for run in runs], 100))
     row("largest loss of a mini-batch", lambda runs: spread([run["loss_max"] for run in runs], 1, 2))
+    row("largest loss of a token", lambda runs: spread([run["token_loss_max"] for run in runs], 1, 2))
     row("largest log ratio, either sign", lambda runs: f"{max(run['log_ratio'] for run in runs):.1f}")
     total = lambda runs, key: sum(run[key] for run in runs)
     row("tokens pre-clipped, of all", lambda runs: f"{total(runs, 'preclipped'):.0f} of {total(runs, 'tokens'):.0f}")
