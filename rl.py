@@ -109,8 +109,7 @@ class VLLM:
         self.llm.llm_engine.reset_encoder_cache()
 
     def sync(self, policy):
-        if self.gpu:
-            torch.cuda.empty_cache()  # what the trainer has freed is still kept for it, and vLLM's memory must come from somewhere
+        if self.gpu:  # vLLM first empties torch's cache: what the trainer has freed is its memory again
             self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=self.weights(policy)))
         self.reset()
