@@ -240,11 +240,11 @@ def test_the_weaker_judge_is_weaker_and_no_coin():
 # runs side by side
 
 
-def written_run(folder, greedy, text):
+def written_run(folder, greedy, text, consistency=0.5):
     """A run of two steps as rl.py logs it: 10 judgements a step, all the same text."""
     folder.mkdir(parents=True)
     step = {"loss": 0.1, "loss_max": 0.5, "log_ratio_max": 7.5, "token_loss_max": 3.0, "length": 20.0, "samples": 10, "preclipped": 0.01, "filtered": 0.1, "skipped": 0,
-            "consistency": 0.5, "seconds": 2.0, "entropy": 0.1}
+            "consistency": consistency, "seconds": 2.0, "entropy": 0.1}
     held = {"eval_n": 600, "eval_sampled": 0.5, "eval_sampled_format": 1.0}
     rows = [{"args": {}}, {"step": 0, **held, "eval_greedy": 0.5}, {"step": 1, **step}, {"step": 2, **step, **held, "eval_greedy": greedy}]
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -255,7 +255,7 @@ def test_runs_side_by_side(tmp_path):
     slip = "<think>The image shows circle red. Claims: red first, blue second. Response 1 is better.</think><answer>2</answer>"
     glance = "<think>Claims: red first, blue second. Response 2 is better.</think><answer>2</answer>"
     written_run(tmp_path / "a-0", 0.7, slip)
-    written_run(tmp_path / "a-1", 0.8, slip)
+    written_run(tmp_path / "a-1", 0.8, slip, consistency=None)  # nobody was right
     written_run(tmp_path / "b-0", 0.6, glance)
     command = [sys.executable, "toy/compare.py", f"A={tmp_path}/a-", f"B={tmp_path}/b-", "--out", str(tmp_path / "both")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -263,6 +263,7 @@ def test_runs_side_by_side(tmp_path):
     said = {cells[1].strip(): [cell.strip() for cell in cells[2:4]]
             for cells in (line.split("|") for line in (tmp_path / "both.md").read_text().splitlines())}
     assert said["seeds"] == ["2", "1"] and said["greedy accuracy, after, %"] == ["75.0 ± 7.1", "60.0"]
+    assert said["consistency of right verdicts, %, last step"] == ["50.0 (1 of 2 runs)", "50.0"]
     assert said["contradictions among descriptions, last five steps, %"] == ["100.0 ± 0.0", "0.0"]
     assert said["hasty, first five steps to last five, %"] == ["0 to 0", "100 to 100"]
     assert said["tokens pre-clipped, of all"] == ["8 of 800", "4 of 400"] and said["judgements filtered, of all"] == ["4 of 40", "2 of 20"]

@@ -42,8 +42,10 @@ def run_of(folder):
 
 
 def spread(values, scale=1.0, digits=1):
-    mean = f"{scale * statistics.fmean(values):.{digits}f}"
-    return mean + (f" ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+    known = [v for v in values if v is not None]  # None: in a broken run nobody may be right, and nothing was judged
+    mean = f"{scale * statistics.fmean(known):.{digits}f}" if known else "none"
+    mean += f" ± {scale * statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
+    return mean + (f" ({len(known)} of {len(values)} runs)" if len(known) < len(values) else "")
 
 
 def contradictions(manners):
