@@ -27,7 +27,7 @@ $ torchrun --nnodes=2 --node_rank=$NODE_RANK --master_addr=$HOST --master_port=2
 Only the comparison of the two engines, before and after syncs:
 $ python rl.py --check --model out/sft --data data/rl.jsonl
 
-Reads  --model (see sft.py), --data (pairs, see annotate.py).
+Reads  --model (see sft.py), --data (pairs, see annotate.py; those whose prompt does not fit --context are dropped and counted).
 Writes --out: the model, log.jsonl (a row a step), rollouts-*.jsonl (judgements with their rewards), curves.png, checkpoints/.
 """
 import argparse
