@@ -1,5 +1,5 @@
 # make setup   a virtual environment in .venv, for the GPU if there is one, else for the CPU
-# make toy     the whole pipeline on the toy world, two CPU cores, about ten minutes
+# make toy     the whole pipeline on the toy world, two CPU cores, about twelve minutes
 # make test    every test
 # make bench   speed beside what one would use instead, into results/bench.md, about 13 minutes; fetches TRL into out/trl/.venv (5 GB)
 # Needs Python 3.11 or newer and make, nothing else. make setup PYTHON=/path/to/python chooses another Python.

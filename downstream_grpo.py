@@ -52,8 +52,8 @@ import torch
 
 from annotate import Unanswered, Unusable, as_sent, keep, locate, messages, table_rows, turn
 from judge import ConsistencyJudge, coin
-from rl import (FREE, Clock, advantages_of, compare, compare_now, learn, loop_flags, means, mini_batches, of_updates, old_logps, prepare,
-                rewards_or_stop, rollout, sample, seed_of, share, validate)
+from rl import (FREE, Clock, advantages_of, compare, compare_now, fitting, learn, loop_flags, means, mini_batches, of_updates, old_logps,
+                prepare, rewards_or_stop, rollout, sample, seed_of, share, validate)
 from sft import Log, curves, header, reduced, resumed, save_checkpoint, save_policy, setup, to_sample
 from stable_reinforce import parse
 
@@ -295,8 +295,12 @@ def score(rows, judge, args):
 # Held-out tasks, the log
 
 
+def turns(task):
+    return turn(task, task["question"])
+
+
 def prompt(processor, task):
-    return to_sample(processor, turn(task, task["question"]))
+    return to_sample(processor, turns(task))
 
 
 def held_out(engine, processor, tasks, judge, state, args, save):
@@ -405,8 +409,10 @@ def main():
     out, tp = Path(args.out), args.tensor_parallel
     group, groups = rank // tp, world // tp
     tasks = read_tasks(args.data, out)
-    held = read_tasks(args.eval_data, out, args.eval_n)[group::groups] if args.eval_data else []
+    held = read_tasks(args.eval_data, out, args.eval_n) if args.eval_data else []
     engine, trainer, processor, reference = prepare(args, rank, world, device)
+    tasks, held = (fitting(some, turns, processor, args, rank, world) if some else [] for some in (tasks, held))
+    held = held[group::groups]
     policy, pad = trainer.module, processor.tokenizer.pad_token_id
     judge, loader = Duels(args, args.seed), ThreadPoolExecutor(1)
     steps = args.steps or math.ceil(args.passes * len(tasks) / args.rollout_batch)
@@ -430,8 +436,8 @@ def main():
             pending.append(score(new, judge, args))
             rows += new
         clock("rollout")
-        checked = compare(trainer, processor, rows, step, args, device) if compared else {}
         engine.sleep()
+        checked = compare(trainer, processor, rows, step, args, device) if compared else {}
 
         # 3. to 6. as in rl.py
         batches = mini_batches(rows, step, args)

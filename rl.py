@@ -27,7 +27,7 @@ $ torchrun --nnodes=2 --node_rank=$NODE_RANK --master_addr=$HOST --master_port=2
 Only the comparison of the two engines, before and after syncs:
 $ python rl.py --check --model out/sft --data data/rl.jsonl
 
-Reads  --model (see sft.py), --data (pairs, see annotate.py).
+Reads  --model (see sft.py), --data (pairs, see annotate.py; those whose prompt does not fit --context are dropped and counted).
 Writes --out: the model, log.jsonl (a row a step), rollouts-*.jsonl (judgements with their rewards), curves.png, checkpoints/.
 """
 import argparse
@@ -49,9 +49,11 @@ import torch.distributed as dist
 
 from annotate import Unusable, messages, read_pairs, swap
 from judge import ConsistencyJudge
-from sft import (HF, Log, barred, collate, curves, for_vllm, gathered, header, load_policy, make_engine, micro_batches, reduced, resumed,
-                 save_checkpoint, save_policy, setup, start_vllm, to_sample, token_logps, update)
+from sft import (HF, Log, barred, collate, curves, for_vllm, gathered, header, load_policy, make_engine, micro_batches, prompt_length,
+                 reduced, resumed, save_checkpoint, save_policy, setup, start_vllm, to_sample, token_logps, update)
 from stable_reinforce import ALGORITHMS, KL, advantages, final_reward, format_reward, parse, result_reward, returns_to_go
+
+PICTURES = 8  # of a prompt, at most
 
 # ---------------------------------------------------------------------------------------------------
 # The rollout engine. generate(prompts, ...) -> [[sample, ...] a prompt]; a sample is {"ids", "logps"}. The other engine is sft.HF.
@@ -69,7 +71,7 @@ class VLLM:
         self.gpu = device.type == "cuda"
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights stream into this very process
         where = dict(gpu_memory_utilization=memory, enable_sleep_mode=True) if self.gpu else {}
-        self.llm = start_vllm(folder, max_len, seed=seed, tensor_parallel_size=tp, limit_mm_per_prompt={"image": 8, "video": 1},
+        self.llm = start_vllm(folder, max_len, seed=seed, tensor_parallel_size=tp, limit_mm_per_prompt={"image": PICTURES, "video": 1},
                               distributed_executor_backend="external_launcher", max_num_seqs=256, **where)
         self.pads = [processor.tokenizer.convert_tokens_to_ids(t) for t in ("<|image_pad|>", "<|video_pad|>")]
         self.bias = {i: -100.0 for i in barred(processor, self.llm.llm_engine.model_config.get_vocab_size())}
@@ -107,7 +109,7 @@ class VLLM:
         self.llm.llm_engine.reset_encoder_cache()
 
     def sync(self, policy):
-        if self.gpu:
+        if self.gpu:  # vLLM first empties torch's cache: what the trainer has freed is its memory again
             self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=self.weights(policy)))
         self.reset()
@@ -159,11 +161,35 @@ def permutation(n, seed, epoch):
     return order
 
 
+def fitting(items, turns_of, processor, args, rank, world):
+    """The pairs (or tasks) whose prompt leaves --max_new_tokens of --context: what does not fit would stop vLLM in the middle of a run."""
+    tokens = [0] * len(items)
+    for i in range(rank, len(items), world):
+        try:
+            tokens[i] = prompt_length(processor, turns_of(items[i]))
+        except (OSError, ValueError) as problem:
+            raise Unusable(f"{items[i]['id']}: a picture cannot be read: {problem}") from None
+    kept = [item for item, n in zip(items, reduced(tokens))
+            if n + args.max_new_tokens <= args.context and len(item["images"]) <= PICTURES]
+    told = (f"{len(items) - len(kept)} of {len(items)} prompts dropped: with --max_new_tokens {args.max_new_tokens} they exceed --context "
+            f"{args.context} (--max_pixels makes pictures smaller), or have more than {PICTURES} pictures")
+    if not kept:
+        raise Unusable(told)
+    if rank == 0 and len(kept) < len(items):
+        print(told, file=sys.stderr)
+    return kept
+
+
 def share(pairs, step, args, rank, world, prompt):
     """This rank's part of a step's global batch: [(place in the batch, pair, what the engine reads), ...]."""
-    batch = shown_pairs(pairs, step, args)
+    batch, mine = shown_pairs(pairs, step, args), []
     group, size = rank // args.tensor_parallel, len(batch) // (world // args.tensor_parallel)
-    return [(place, batch[place], prompt(batch[place])) for place in range(group * size, (group + 1) * size)]
+    for place in range(group * size, (group + 1) * size):
+        try:
+            mine.append((place, batch[place], prompt(batch[place])))
+        except (OSError, ValueError) as problem:
+            raise Unusable(f"{batch[place]['id']}: a picture cannot be read: {problem}") from None
+    return mine
 
 
 def sample(engine, processor, mine, step, args, rank, logps):
@@ -391,6 +417,7 @@ def check(engine, trainer, processor, pairs, args, device, rank):
 
     def measure(name):
         rows = rollout(engine, processor, pairs, prompts, seeds, 1, 1.0, min(64, args.max_new_tokens), logps=True)
+        engine.sleep()
         mean, worst = mismatch(trainer, processor, rows, device, args.micro_tokens)
         table.append((name, reduced(len(rows)), mean, worst))
 
@@ -404,7 +431,6 @@ def check(engine, trainer, processor, pairs, args, device, rank):
 
     measure("as loaded")
     for name, scale in (("weights moved, synced", 0.05), ("moved back, synced", -0.05)):
-        engine.sleep()
         shake(scale)
         engine.sync(policy)
         measure(name)
@@ -596,6 +622,7 @@ def main():
     held = [swap(pair) if seed_of("order", i) % 2 else pair for i, pair in enumerate(held)]  # a coin: neither order is the rule
     engine, trainer, processor, reference = prepare(args, rank, world, device)
     policy, pad = trainer.module, processor.tokenizer.pad_token_id
+    pairs, held = (fitting(some, messages, processor, args, rank, world) if some else [] for some in (pairs, held))
     if args.check:
         sys.exit(0 if check(engine, trainer, processor, pairs[group:8 * groups:groups], args, device, rank) else 1)
 
@@ -619,10 +646,13 @@ def main():
         rows = sample(engine, processor, mine, step, args, rank, compared)
         clock("rollout")
 
-        # 8. compare, while vLLM's weights are still those that sampled
+        # vLLM's memory is the trainer's now
+        engine.sleep()
+        clock("sleep")
+
+        # 8. compare, while the policy is still the one that sampled
         checked = compare(trainer, processor, rows, step, args, device) if compared else {}
         clock("check")
-        engine.sleep()
 
         # 2. score: the rules at once; the judge works while the trainer computes
         finish = score(rows, judge, args)

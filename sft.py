@@ -296,6 +296,26 @@ def read_media(processor, turns):
     return images, frames and list(frames), metadata and list(metadata)
 
 
+def prompt_length(processor, turns):
+    """len(encode(processor, turns)["prompt"]), of whose pictures only the headers are read: what does not fit is known before a run."""
+    from PIL import Image
+    from qwen_vl_utils import smart_resize
+
+    parts, count = [part for turn in turns for part in turn["content"]], processor.image_processor
+    if any(part["type"] == "video" for part in parts):
+        return len(encode(processor, turns)["prompt"])
+    text = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    tokens, side = len(processor.tokenizer(text)["input_ids"]), count.patch_size * count.merge_size
+    for part in parts:
+        if part["type"] == "image":
+            with Image.open(part["image"]) as image:
+                width, height = image.size
+            bounds = dict(min_pixels=count.size["shortest_edge"], max_pixels=count.size["longest_edge"])
+            height, width = smart_resize(height, width, side, **bounds)
+            tokens += height * width // side**2 - 1  # the template has one
+    return tokens
+
+
 def to_sample(processor, turns):
     """Chat turns -> the row from which both engines generate: with its pictures as they were read, too."""
     media = read_media(processor, turns)

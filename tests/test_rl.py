@@ -212,6 +212,31 @@ def test_the_gradient_depends_on_the_pixels(world_files):
     assert max((a - found[1][name]).abs().max() / a.abs().max().clamp_min(1e-12) for name, a in found[0].items()) > 1e-2
 
 
+def test_what_does_not_fit_is_dropped_before_the_run_and_counted(world_files, tmp_path, capsys):
+    """A prompt too long for vLLM would stop a run after hours."""
+    from PIL import Image
+
+    _, processor = rl.load_policy(world_files[0])
+    pairs = rl.read_pairs(world_files[1])
+    exact = [len(rl.prompt(processor, pair)["prompt"]) for pair in pairs]
+    limit = sorted(exact)[15]
+    kept = rl.fitting(pairs, rl.messages, processor, args("--context", limit + 24, "--max_new_tokens", 24), 0, 1)
+    assert [pair["id"] for pair in kept] == [pair["id"] for pair, n in zip(pairs, exact) if n <= limit] and 12 < len(kept) < 24
+    assert f"{24 - len(kept)} of 24 prompts dropped" in capsys.readouterr().err
+    Image.new("RGB", (560, 280)).save(tmp_path / "many.png")
+    crowd = dict(pairs[0], images=[str(tmp_path / "many.png")] * 9)
+    assert rl.fitting([pairs[0], crowd], rl.messages, processor, args(), 0, 1) == [pairs[0]]
+    with pytest.raises(ValueError, match="24 of 24 prompts dropped.*exceed --context 100"):
+        rl.fitting(pairs, rl.messages, processor, args("--context", 100, "--max_new_tokens", 24), 0, 1)
+    (tmp_path / "cut.png").write_bytes((tmp_path / "many.png").read_bytes()[:200])  # its header is whole: only a full look tells
+    cut = dict(pairs[0], id="the damaged one", images=[str(tmp_path / "cut.png")])
+    with pytest.raises(ValueError, match="the damaged one: a picture cannot be read"):
+        rl.share([cut], 0, args("--rollout_batch", 1), 0, 1, lambda pair: rl.prompt(processor, pair))
+    (tmp_path / "none.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="the damaged one: a picture cannot be read"):
+        rl.fitting([dict(cut, images=[str(tmp_path / "none.png")])], rl.messages, processor, args(), 0, 1)
+
+
 def test_the_same_steps_on_one_rank_and_two_at_any_budget(world_files, tmp_path):
     """Samples by vLLM, rewards, filtered advantages, losses, gradient norms: alike to 1e-5 with 1 rank (ZeRO 0) and 2 (ZeRO 2 and 3)."""
     run(world_files, "--out", tmp_path / "one", "--steps", 2, "--zero", 0)

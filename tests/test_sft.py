@@ -297,6 +297,21 @@ def test_pictures_keep_within_the_bounds_and_so_does_whoever_loads_the_folder(lo
     assert plain["input_ids"][0] == row["prompt"]
 
 
+def test_a_prompts_length_is_known_from_its_pictures_headers(loaded, tmp_path):
+    from PIL import Image
+
+    sizes = {"tiny": (9, 5), "own": (56, 56), "wide": (300, 17), "large": (700, 350)}
+    files = {name: str(tmp_path / f"{name}.png") for name in sizes}
+    for name, size in sizes.items():
+        Image.new("RGB", size, "red").save(files[name])
+    pair = {"question": "Which <b>shape</b>?\n\n", "images": [], "video": None, "responses": ["a", "b  "]}
+    for images in ([], *([file] for file in files.values()), [*files.values()]):
+        turns = messages(pair | {"images": images})
+        assert sft.prompt_length(loaded[1], turns) == len(sft.encode(loaded[1], turns)["prompt"]), images
+    turns = messages(pair | {"video": [files["own"]] * 4})
+    assert sft.prompt_length(loaded[1], turns) == len(sft.encode(loaded[1], turns)["prompt"])
+
+
 # ---------------------------------------------------------------------------------------------------
 # Ranks, stages, micro-batches
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# R1-Reward, all of it, on two CPU cores: the real scripts on the toy world, about ten minutes. Called by `make toy`.
+# R1-Reward, all of it, on two CPU cores: the real scripts on the toy world, about twelve minutes. Called by `make toy`.
 # Each command is shown before it runs. Killed anywhere, the same command goes on where it stood; done, it says so.
 set -euo pipefail
 cd "$(dirname "$0")/.."
