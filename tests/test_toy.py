@@ -248,7 +248,8 @@ def written_run(folder, greedy, text, consistency=0.5):
     held = {"eval_n": 600, "eval_sampled": 0.5, "eval_sampled_format": 1.0}
     rows = [{"args": {}}, {"step": 0, **held, "eval_greedy": 0.5}, {"step": 1, **step}, {"step": 2, **step, **held, "eval_greedy": greedy}]
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "rollouts-0.jsonl").write_text("".join(json.dumps({"step": s, "text": text}) + "\n" for s in (1, 2) for _ in range(10)))
+    (folder / "rollouts-0.jsonl").write_text("".join(json.dumps(
+        {"step": s, "text": text, "choice": 2, "consistency": i % 2 if i < 4 else None}) + "\n" for s in (1, 2) for i in range(10)))
 
 
 def test_runs_side_by_side(tmp_path):
@@ -265,6 +266,9 @@ def test_runs_side_by_side(tmp_path):
     assert said["seeds"] == ["2", "1"] and said["greedy accuracy, after, %"] == ["75.0 ± 7.1", "60.0"]
     assert said["consistency of right verdicts, %, last step"] == ["50.0 (1 of 2 runs)", "50.0"]
     assert said["contradictions among descriptions, last five steps, %"] == ["100.0 ± 0.0", "0.0"]
+    judge = "ones that the judge takes for consistent, verdict 1 and verdict 2, %"
+    assert said[f"contradictory {judge}"] == ["none (0 of 2 runs) and 50 ± 0", "none (0 of 1 runs) and none (0 of 1 runs)"]
+    assert said[f"consistent {judge}"][1] == "none (0 of 1 runs) and 50"
     assert said["hasty, first five steps to last five, %"] == ["0 to 0", "100 to 100"]
     assert said["tokens pre-clipped, of all"] == ["8 of 800", "4 of 400"] and said["judgements filtered, of all"] == ["4 of 40", "2 of 20"]
     assert (tmp_path / "both.png").stat().st_size > 10_000

@@ -29,12 +29,16 @@ def run_of(folder):
     if len(held) < 2:
         sys.exit(f"{folder}: {len(held)} held-out accuracies in log.jsonl; legal: two, before and after; run it to its end with --eval_data")
     last, manners = steps[-1]["step"], {}
+    said = [json.loads(line) for path in folder.glob("rollouts-*.jsonl") for line in path.read_text().splitlines()]
+    agreed = {}  # what the judge said of those it was asked about: by whether the reasoning does lead to the verdict, and the verdict
+    for row in said:
+        if row["consistency"] is not None:
+            agreed.setdefault((world.manner_of(row["text"]) != "inconsistent", row["choice"]), []).append(row["consistency"])
     for name, begin, end in (("first", 1, 5), ("last", last - 4, last)):
-        said = [json.loads(line) for path in folder.glob("rollouts-*.jsonl") for line in path.read_text().splitlines()]
         manners[name] = Counter(world.manner_of(row["text"]) or "no verdict" for row in said if begin <= row["step"] <= end)
     worst = lambda key: max((row[key] for row in steps if row.get(key) is not None), default=float("nan"))
     tokens = [row["length"] * row["samples"] for row in steps]
-    return {"steps": steps, "held": held, "manners": manners, "loss_max": worst("loss_max"), "log_ratio": worst("log_ratio_max"),
+    return {"steps": steps, "held": held, "manners": manners, "agreed": agreed, "loss_max": worst("loss_max"), "log_ratio": worst("log_ratio_max"),
             "token_loss_max": worst("token_loss_max"),
             "preclipped": sum(n * row["preclipped"] for n, row in zip(tokens, steps)), "tokens": sum(tokens),
             "filtered": sum(row["filtered"] * row["samples"] for row in steps), "judgements": sum(row["samples"] for row in steps),
@@ -72,6 +76,10 @@ def table(settings):
             f"{statistics.fmean(share(run, when) for run in runs):.0f}" for when in ("first", "last")))
     row("contradictions among descriptions, last five steps, %",
         lambda runs: spread([contradictions(run["manners"]["last"]) for run in runs], 100))
+    for truth, name in ((True, "consistent"), (False, "contradictory")):
+        row(f"{name} ones that the judge takes for consistent, verdict 1 and verdict 2, %", lambda runs: " and ".join(
+            spread([100 * statistics.fmean(run["agreed"][truth, v]) if (truth, v) in run["agreed"] else None for run in runs], 1, 0)
+            for v in (1, 2)))
     row("largest loss of a mini-batch", lambda runs: spread([run["loss_max"] for run in runs], 1, 2))
     row("largest loss of a token", lambda runs: spread([run["token_loss_max"] for run in runs], 1, 2))
     row("largest log ratio, either sign", lambda runs: f"{max(run['log_ratio'] for run in runs):.1f}")

@@ -1,7 +1,8 @@
 """
 The weaker consistency judge of C.11 on the toy: toy/base with the matrices of one of its language layers rounded to -s, 0 and s,
 each row with its own s. A lesion, not another training: smaller bases trained as toy/base is judge consistency no better than a coin.
-Its mistakes are a model's: it misses more than a third of the agreements and lets no contradiction pass.
+Its mistakes are a model's: it misses more than a third of the agreements, nearly all of a run's whose verdict is 1, and lets no
+contradiction pass.
 
 $ python toy/weaker.py --out out/toy/weaker    # prints how often it is right, of conclusions that lead to the verdict and that do not
 """
