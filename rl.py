@@ -161,14 +161,19 @@ def permutation(n, seed, epoch):
     return order
 
 
+def looked(item, look):
+    """look(item), which reads its pictures; one that is damaged is told with the item's id."""
+    try:
+        return look(item)
+    except (OSError, ValueError, SyntaxError) as problem:  # SyntaxError is PIL's, of a broken PNG
+        raise Unusable(f"{item['id']}: a picture cannot be read: {problem}") from None
+
+
 def fitting(items, turns_of, processor, args, rank, world):
     """The pairs (or tasks) whose prompt leaves --max_new_tokens of --context: what does not fit would stop vLLM in the middle of a run."""
     tokens = [0] * len(items)
     for i in range(rank, len(items), world):
-        try:
-            tokens[i] = prompt_length(processor, turns_of(items[i]))
-        except (OSError, ValueError) as problem:
-            raise Unusable(f"{items[i]['id']}: a picture cannot be read: {problem}") from None
+        tokens[i] = looked(items[i], lambda item: prompt_length(processor, turns_of(item)))
     kept = [item for item, n in zip(items, reduced(tokens))
             if n + args.max_new_tokens <= args.context and len(item["images"]) <= PICTURES]
     told = (f"{len(items) - len(kept)} of {len(items)} prompts dropped: with --max_new_tokens {args.max_new_tokens} they exceed --context "
@@ -182,14 +187,9 @@ def fitting(items, turns_of, processor, args, rank, world):
 
 def share(pairs, step, args, rank, world, prompt):
     """This rank's part of a step's global batch: [(place in the batch, pair, what the engine reads), ...]."""
-    batch, mine = shown_pairs(pairs, step, args), []
+    batch = shown_pairs(pairs, step, args)
     group, size = rank // args.tensor_parallel, len(batch) // (world // args.tensor_parallel)
-    for place in range(group * size, (group + 1) * size):
-        try:
-            mine.append((place, batch[place], prompt(batch[place])))
-        except (OSError, ValueError) as problem:
-            raise Unusable(f"{batch[place]['id']}: a picture cannot be read: {problem}") from None
-    return mine
+    return [(place, batch[place], looked(batch[place], prompt)) for place in range(group * size, (group + 1) * size)]
 
 
 def sample(engine, processor, mine, step, args, rank, logps):

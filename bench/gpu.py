@@ -272,7 +272,8 @@ def main():
     dist.barrier()
     flags = rl.parser().parse_args([
         "--model", model, "--max_new_tokens", str(args.new_tokens), "--context", str(args.context), "--zero", str(args.zero), "--memory",
-        str(args.memory), "--attn", args.attn, "--micro_tokens", str(args.budgets[-2:][0]), "--recompute" if args.recompute else "--no-recompute"])
+        str(args.memory), "--attn", args.attn, "--micro_tokens", str(args.budgets[-2:][0]),
+        "--recompute" if args.recompute else "--no-recompute"])
     engine, trainer, processor, _ = rl.prepare(flags, rank, world_size, device)
     config, pad, measure = trainer.module.model.config, processor.tokenizer.pad_token_id, Measure(device)
     pairs = make_pairs(work, args, rank)

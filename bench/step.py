@@ -66,8 +66,8 @@ class Talk:
 
 def words(args, samples, tokens):
     """rl.py's flags for a cell: as many updates as TRL makes, one."""
-    return ["--model", args.model, "--data", args.data, "--out", f"{args.work}/{samples}x{tokens}", "--judge", "rule", "--zero", "2", "--no-recompute",
-            "--check_every", "0", "--rollout_batch", str(samples // 2), "--samples", "2", "--train_batch", str(samples),
+    return ["--model", args.model, "--data", args.data, "--out", f"{args.work}/{samples}x{tokens}", "--judge", "rule", "--zero", "2",
+            "--no-recompute", "--check_every", "0", "--rollout_batch", str(samples // 2), "--samples", "2", "--train_batch", str(samples),
             "--max_new_tokens", str(tokens), "--context", str(args.context), "--micro_tokens", str(args.micro_tokens), "--steps", "1000000",
             "--save_every", "0", "--seed", str(args.seed)]
 

@@ -228,8 +228,13 @@ def test_what_does_not_fit_is_dropped_before_the_run_and_counted(world_files, tm
     assert rl.fitting([pairs[0], crowd], rl.messages, processor, args(), 0, 1) == [pairs[0]]
     with pytest.raises(ValueError, match="24 of 24 prompts dropped.*exceed --context 100"):
         rl.fitting(pairs, rl.messages, processor, args("--context", 100, "--max_new_tokens", 24), 0, 1)
+    assert "24 of 24 prompts dropped" in run(world_files, "--engine", "hf", "--context", 100, "--out", tmp_path / "out", fails=True)
     (tmp_path / "cut.png").write_bytes((tmp_path / "many.png").read_bytes()[:200])  # its header is whole: only a full look tells
     cut = dict(pairs[0], id="the damaged one", images=[str(tmp_path / "cut.png")])
+    with pytest.raises(ValueError, match="the damaged one: a picture cannot be read"):
+        rl.share([cut], 0, args("--rollout_batch", 1), 0, 1, lambda pair: rl.prompt(processor, pair))
+    whole = (tmp_path / "many.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole.replace(b"IDAT", b"\0\0\0\0"))  # of a broken chunk PIL says SyntaxError
     with pytest.raises(ValueError, match="the damaged one: a picture cannot be read"):
         rl.share([cut], 0, args("--rollout_batch", 1), 0, 1, lambda pair: rl.prompt(processor, pair))
     (tmp_path / "none.png").write_bytes(b"")

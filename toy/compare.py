@@ -27,7 +27,8 @@ def run_of(folder):
     rows = [row for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "step" in row]
     steps, held = [row for row in rows if "loss" in row], [row for row in rows if "eval_greedy" in row]
     if len(held) < 2:
-        sys.exit(f"{folder}: {len(held)} held-out accuracies in log.jsonl; legal: two, before and after; run it to its end with --eval_data")
+        sys.exit(f"{folder}: {len(held)} held-out accuracies in log.jsonl; legal: two, before and after; run it to its end "
+                 "with --eval_data")
     last, manners = steps[-1]["step"], {}
     said = [json.loads(line) for path in folder.glob("rollouts-*.jsonl") for line in path.read_text().splitlines()]
     agreed = {}  # what the judge said of those it was asked about: by whether the reasoning does lead to the verdict, and the verdict
@@ -38,8 +39,8 @@ def run_of(folder):
         manners[name] = Counter(world.manner_of(row["text"]) or "no verdict" for row in said if begin <= row["step"] <= end)
     worst = lambda key: max((row[key] for row in steps if row.get(key) is not None), default=float("nan"))
     tokens = [row["length"] * row["samples"] for row in steps]
-    return {"steps": steps, "held": held, "manners": manners, "agreed": agreed, "loss_max": worst("loss_max"), "log_ratio": worst("log_ratio_max"),
-            "token_loss_max": worst("token_loss_max"),
+    return {"steps": steps, "held": held, "manners": manners, "agreed": agreed,
+            "loss_max": worst("loss_max"), "token_loss_max": worst("token_loss_max"), "log_ratio": worst("log_ratio_max"),
             "preclipped": sum(n * row["preclipped"] for n, row in zip(tokens, steps)), "tokens": sum(tokens),
             "filtered": sum(row["filtered"] * row["samples"] for row in steps), "judgements": sum(row["samples"] for row in steps),
             "skipped": sum(row["skipped"] for row in steps), "seconds": sum(row["seconds"] for row in steps)}
