@@ -165,7 +165,7 @@ def looked(item, look):
     """look(item), which reads its pictures; one that is damaged is told with the item's id."""
     try:
         return look(item)
-    except (OSError, ValueError, SyntaxError) as problem:  # SyntaxError is PIL's, of a broken PNG
+    except (OSError, ValueError, SyntaxError) as problem:  # what it raises is up to PIL's decoder
         raise Unusable(f"{item['id']}: a picture cannot be read: {problem}") from None
 
 
