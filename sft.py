@@ -57,8 +57,9 @@ INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", *MEDIA)  # of a ba
 
 class TokenLogps(torch.autograd.Function):
     """
-    log softmax(hidden @ weight.T)[token] and its entropy, in float32, a chunk of tokens at a time. The backward computes each
-    chunk's logits again, so that no more than CHUNK of them ever exist. The entropy is a statistic: it has no gradient.
+    log softmax(hidden @ weight.T)[token] and its entropy, in float32, a chunk of tokens at a time. No more than CHUNK logits exist
+    at once: the last chunk's softmax waits for the backward, which makes those of the others again. The entropy is a statistic: it
+    has no gradient.
     """
     CHUNK = 2**26  # logits at once: 256 MB in float32
 
@@ -76,14 +77,21 @@ class TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, tokens, entropy):  # (N, H), (V, H), (N,)
         logp, norm = (torch.empty(len(tokens), dtype=torch.float32, device=hidden.device) for _ in range(2))
-        H = torch.empty_like(logp) if entropy else None  # (N,)
+        H, p = torch.empty_like(logp) if entropy else None, None  # (N,)
         for c in TokenLogps.chunks(hidden, weight):
+            p = None  # before the next chunk's logits come
             logits = TokenLogps.logits(hidden[c], weight)  # (n, V)
-            norm[c] = logits.logsumexp(-1)
-            logp[c] = logits.gather(1, tokens[c, None])[:, 0] - norm[c]
+            top = logits.amax(-1, keepdim=True)
+            chosen = logits.gather(1, tokens[c, None])
+            p = torch.sub(logits, top, out=None if entropy else logits).exp_()
+            Z = p.sum(-1, keepdim=True)
+            norm[c] = (top + Z.log())[:, 0]
+            logp[c] = chosen[:, 0] - norm[c]
+            p /= Z
             if entropy:  # -sum p log p = log Z - sum p logit
-                H[c] = norm[c] - torch.linalg.vecdot((logits - norm[c, None]).exp_(), logits)
+                H[c] = norm[c] - torch.linalg.vecdot(p, logits)
         ctx.save_for_backward(hidden, weight, tokens, norm)
+        ctx.p = p
         if entropy:
             ctx.mark_non_differentiable(H)
         return logp, H
@@ -93,10 +101,12 @@ class TokenLogps(torch.autograd.Function):
         hidden, weight, tokens, norm = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for c in TokenLogps.chunks(hidden, weight):
+        for c in reversed(TokenLogps.chunks(hidden, weight)):
+            p, ctx.p = ctx.p, None
+            if p is None:
+                p = TokenLogps.logits(hidden[c], weight).sub_(norm[c, None]).exp_()  # (n, V)
             # d logp / d logits = onehot(token) - p
-            d = TokenLogps.logits(hidden[c], weight).sub_(norm[c, None]).exp_().mul_(-grad[c, None])  # (n, V)
-            d.scatter_add_(1, tokens[c, None], grad[c, None])
+            d = p.mul_(-grad[c, None]).scatter_add_(1, tokens[c, None], grad[c, None])
             d = d.to(weight.dtype)
             grad_hidden[c] = d @ weight
             if grad_weight is not None and d.is_cuda and d.dtype != torch.float32:
