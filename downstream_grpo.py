@@ -44,7 +44,6 @@ import re
 import shlex
 import sys
 from collections import Counter, namedtuple
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -52,8 +51,8 @@ import torch
 
 from annotate import Unanswered, Unusable, as_sent, keep, locate, messages, table_rows, turn
 from judge import ConsistencyJudge, coin
-from rl import (FREE, Clock, advantages_of, compare, compare_now, fitting, learn, loop_flags, means, mini_batches, of_updates, old_logps,
-                prepare, rewards_or_stop, rollout, sample, seed_of, share, validate)
+from rl import (FREE, Clock, Shown, advantages_of, compare, compare_now, fitting, learn, loop_flags, means, mini_batches, of_updates,
+                old_logps, prepare, rewards_or_stop, rollout, sample, seed_of, shares, validate)
 from sft import Log, curves, header, reduced, resumed, save_checkpoint, save_policy, setup, to_sample
 from stable_reinforce import parse
 
@@ -414,12 +413,11 @@ def main():
     tasks, held = (fitting(some, turns, processor, args, rank, world) if some else [] for some in (tasks, held))
     held = held[group::groups]
     policy, pad = trainer.module, processor.tokenizer.pad_token_id
-    judge, loader = Duels(args, args.seed), ThreadPoolExecutor(1)
+    judge = Duels(args, args.seed)
     steps = args.steps or math.ceil(args.passes * len(tasks) / args.rollout_batch)
     first, state = resumed(out, trainer, args, FREE, skipped=0)
     log = Log(out, header(args, world, device) | {"tasks": len(tasks), "held_out": reduced(len(held)) / tp}, first, steps, args.tracker)
-    coming = lambda step: loader.submit(share, tasks, step, args, rank, world, lambda task: prompt(processor, task))
-    ahead = coming(first)
+    coming = shares(Shown(tasks, prompt, processor, args), first, steps, args, rank, world, device)
     if first or device.type == "cuda":
         engine.sync(policy)  # vLLM has the weights of --model
     if held and not first:
@@ -430,7 +428,7 @@ def main():
         save = lambda: save_checkpoint(out / "checkpoints", trainer, step, state)
 
         # 1. and 2. rollout; the reward model judges a chunk while the next is sampled, all by the same weights
-        mine, ahead, rows, pending = ahead.result(), coming(step + 1), [], []
+        mine, rows, pending = next(coming), [], []
         for at in range(0, len(mine), args.chunk):
             new = sample(engine, processor, mine[at:at + args.chunk], step, args, rank, compared)
             pending.append(score(new, judge, args))

@@ -41,7 +41,6 @@ import shlex
 import sys
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -49,8 +48,8 @@ import torch.distributed as dist
 
 from annotate import Unusable, messages, read_pairs, swap
 from judge import ConsistencyJudge
-from sft import (HF, Log, barred, collate, curves, for_vllm, gathered, header, load_policy, make_engine, micro_batches, prompt_length,
-                 reduced, resumed, save_checkpoint, save_policy, setup, start_vllm, to_sample, token_logps, update)
+from sft import (HF, Log, as_it_is, barred, collate, curves, for_vllm, gathered, header, load_policy, make_engine, micro_batches,
+                 prompt_length, reduced, resumed, save_checkpoint, save_policy, setup, start_vllm, to_sample, token_logps, update)
 from stable_reinforce import ALGORITHMS, KL, advantages, final_reward, format_reward, parse, result_reward, returns_to_go
 
 PICTURES = 8  # of a prompt, at most
@@ -143,15 +142,12 @@ def rollout(engine, processor, pairs, prompts, seeds, n, temperature, max_tokens
     return rows
 
 
-def shown_pairs(pairs, step, args):
-    """The global batch of a step: rollout_batch pairs as they are shown; every pass over the data has its own order."""
+def shown(pairs, step, place, args):
+    """The pair at a place of a step's global batch, as it is shown there; every pass over the data has its own order."""
     unit = 2 if args.both_orders else 1  # neighbours: a pair and its swap
-    count, batch = args.rollout_batch // unit, []
-    for i in range(step * count, (step + 1) * count):
-        order = permutation(len(pairs), args.seed, i // len(pairs))
-        pair = pairs[order[i % len(pairs)]]
-        batch += [pair, swap(pair)] if args.both_orders else [pair]
-    return batch
+    i = (step * args.rollout_batch + place) // unit
+    pair = pairs[permutation(len(pairs), args.seed, i // len(pairs))[i % len(pairs)]]
+    return swap(pair) if place % unit else pair
 
 
 @functools.lru_cache(2)
@@ -185,15 +181,31 @@ def fitting(items, turns_of, processor, args, rank, world):
     return kept
 
 
-def share(pairs, step, args, rank, world, prompt):
-    """This rank's part of a step's global batch: [(place in the batch, pair, what the engine reads), ...]."""
-    batch = shown_pairs(pairs, step, args)
-    group, size = rank // args.tensor_parallel, len(batch) // (world // args.tensor_parallel)
-    return [(place, batch[place], looked(batch[place], prompt)) for place in range(group * size, (group + 1) * size)]
+class Shown(torch.utils.data.Dataset):
+    """(place, pair, what the engine reads) by (step, place in its global batch)."""
+
+    def __init__(self, pairs, prompt, processor, args):
+        self.pairs, self.prompt, self.args = pairs, functools.partial(prompt, processor), args
+
+    def __getitem__(self, at):
+        pair = shown(self.pairs, *at, self.args)
+        return at[1], pair, looked(pair, self.prompt)
+
+
+def shares(items, first, steps, args, rank, world, device):
+    """This rank's part of the global batch of each step, a list. Processes read it while the step before is still at work."""
+    size = args.rollout_batch // (world // args.tensor_parallel)
+    start = rank // args.tensor_parallel * size
+    places = [(step, place) for step in range(first, steps) for place in range(start, start + size)]
+    coming = iter(torch.utils.data.DataLoader(  # pin_memory: a thread takes in what the workers send
+        items, batch_size=None, sampler=places, collate_fn=as_it_is, num_workers=args.workers, pin_memory=device.type == "cuda",
+        prefetch_factor=-(-size // args.workers) if args.workers else None, generator=torch.Generator()))
+    for _ in range(first, steps):
+        yield [next(coming) for _ in range(size)]
 
 
 def sample(engine, processor, mine, step, args, rank, logps):
-    """A share() -> rows of rollout(), each with its place among the step's samples and its group, the place of its pair."""
+    """One of shares() -> rows of rollout(), each with its place among the step's samples and its group, the place of its pair."""
     places, pairs, prompts = zip(*mine)
     seeds = [seed_of(args.seed, step, place) for place in places]
     rows = rollout(engine, processor, pairs, prompts, seeds, args.samples, 1.0, args.max_new_tokens,
@@ -467,7 +479,8 @@ PANELS = {"rewards": ["result", "consistency", "format"], "held-out accuracy": [
 
 # flags that may change between a run and its continuation
 FREE = {"out", "steps", "passes", "eval_data", "eval_n", "eval_every", "save_every", "save_best", "tracker", "check", "check_every",
-        "micro_tokens", "memory", "attn", "recompute", "judge_url", "judge_concurrency", "judge_timeout", "judge_retries", "judge_patience"}
+        "micro_tokens", "workers", "memory", "attn", "recompute", "judge_url", "judge_concurrency", "judge_timeout", "judge_retries",
+        "judge_patience"}
 
 
 def validate(args, world):
@@ -530,6 +543,7 @@ def loop_flags(p):
     add("--zero", type=int, choices=[0, 1, 2, 3], default=3,
         help="DeepSpeed ZeRO stage; 3 = a 7B model beside vLLM on 4 GPUs of 80 GB; 2 is faster where it fits, and on a CPU")
     add("--micro_tokens", type=int, default=16384, help="padded tokens a micro-batch; changes memory and speed, never the gradient")
+    add("--workers", type=int, default=4, help="processes per rank that read pictures ahead; 0 = none")
 
 
 def parser():
@@ -626,13 +640,11 @@ def main():
     if args.check:
         sys.exit(0 if check(engine, trainer, processor, pairs[group:8 * groups:groups], args, device, rank) else 1)
 
-    judge, loader = ConsistencyJudge(args, args.seed), ThreadPoolExecutor(1)
+    judge = ConsistencyJudge(args, args.seed)
     steps = args.steps or math.ceil(args.passes * len(pairs) * (2 if args.both_orders else 1) / args.rollout_batch)
     first, state = resumed(out, trainer, args, FREE, best=-1.0, skipped=0)
     log = Log(out, header(args, world, device) | {"pairs": len(pairs), "held_out": len(held)}, first, steps, args.tracker)
-    # what a step shows is read while the step before it still trains
-    coming = lambda step: loader.submit(share, pairs, step, args, rank, world, lambda pair: prompt(processor, pair))
-    ahead = coming(first)
+    coming = shares(Shown(pairs, prompt, processor, args), first, steps, args, rank, world, device)
     if first or device.type == "cuda":
         engine.sync(policy)  # vLLM has the weights of --model
     if held and not first:
@@ -641,7 +653,7 @@ def main():
     for step in range(first, steps):
         # 1. rollout
         clock, compared = Clock(), compare_now(step, first, args)
-        mine, ahead = ahead.result(), coming(step + 1)
+        mine = next(coming)
         clock("data")
         rows = sample(engine, processor, mine, step, args, rank, compared)
         clock("rollout")

@@ -69,7 +69,7 @@ def words(args, samples, tokens):
     return ["--model", args.model, "--data", args.data, "--out", f"{args.work}/{samples}x{tokens}", "--judge", "rule", "--zero", "2",
             "--no-recompute", "--check_every", "0", "--rollout_batch", str(samples // 2), "--samples", "2", "--train_batch", str(samples),
             "--max_new_tokens", str(tokens), "--context", str(args.context), "--micro_tokens", str(args.micro_tokens), "--steps", "1000000",
-            "--save_every", "0", "--seed", str(args.seed)]
+            "--save_every", "0", "--workers", "1", "--seed", str(args.seed)]
 
 
 def rl_py(args, cell, talk):
@@ -114,7 +114,7 @@ def floor(args, cell, talk):
     how = SamplingParams(n=2, temperature=1.0, max_tokens=cell["tokens"], ignore_eos=True, detokenize=False)
     flags, pairs, banned = rl.parser().parse_args(words(args, **cell)), read_pairs(args.data), {*engine.bias}
     for step in itertools.count():
-        rows = [rl.prompt(processor, pair) for pair in rl.shown_pairs(pairs, step, flags)]
+        rows = [rl.prompt(processor, rl.shown(pairs, step, place, flags)) for place in range(flags.rollout_batch)]
         once = lambda ids: [t for t, before in zip(ids, [None, *ids]) if t not in engine.pads or t != before]
         asked = [{"prompt_token_ids": once(row["prompt"]), "multi_modal_data": {"image": row["media"][0]},
                   "mm_processor_kwargs": {"do_resize": False}} for row in rows]
@@ -159,8 +159,9 @@ def trl(args, cell, talk):
 
     processor = AutoProcessor.from_pretrained(args.model, padding_side="left")
     flags, pairs = rl.parser().parse_args(words(args, **cell)), read_pairs(args.data)
+    shown = [rl.shown(pairs, step, place, flags) for step in range(10) for place in range(flags.rollout_batch)]
     rows = [{"prompt": [{"role": "user", "content": messages(pair)[0]["content"][-1]["text"]}], "image": pair["images"][0],
-             "choice": pair["choice"]} for step in range(10) for pair in rl.shown_pairs(pairs, step, flags)]
+             "choice": pair["choice"]} for pair in shown]
     model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=torch.float32)
     barred = [*rl.barred(processor, model.config.get_text_config().vocab_size), processor.tokenizer.eos_token_id]
     size = min(args.trl_rows, made)

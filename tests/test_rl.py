@@ -61,7 +61,7 @@ def command(world_files, *words, ranks=1):
     model, data = world_files
     run = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     return [sys.executable, *run, str(ROOT / "rl.py"), "--model", str(model), "--data", str(data), "--judge", "rule", "--rollout_batch", "12",
-            "--train_batch", "6", "--max_new_tokens", "24", "--context", "1024", "--lr", "1e-3", "--zero", "2", *map(str, words)]
+            "--train_batch", "6", "--max_new_tokens", "24", "--context", "1024", "--lr", "1e-3", "--zero", "2", "--workers", "1", *map(str, words)]
 
 
 def run(*words, fails=False, **options):
@@ -86,11 +86,12 @@ def args(*words):
 
 def test_every_pass_shows_every_pair_once_in_its_own_order():
     pairs = [{"id": i, "responses": ["a", "b"], "choice": 1} for i in range(12)]
+    batch = lambda step, a: [rl.shown(pairs, step, place, a) for place in range(4)]
     a = args("--rollout_batch", 4)
-    first, second = ([p["id"] for s in range(k, k + 3) for p in rl.shown_pairs(pairs, s, a)] for k in (0, 3))
+    first, second = ([p["id"] for s in range(k, k + 3) for p in batch(s, a)] for k in (0, 3))
     assert sorted(first) == sorted(second) == list(range(12)) and first != second
-    both = rl.shown_pairs(pairs, 0, args("--rollout_batch", 4, "--both_orders"))
-    assert both[1] == swap(both[0]) and both[3] == swap(both[2]) and len(both) == 4
+    both = batch(0, args("--rollout_batch", 4, "--both_orders"))
+    assert both[1] == swap(both[0]) and both[3] == swap(both[2])
 
 
 @pytest.mark.parametrize("words, message", [
@@ -232,7 +233,7 @@ def test_what_does_not_fit_is_dropped_before_the_run_and_counted(world_files, tm
     (tmp_path / "cut.png").write_bytes((tmp_path / "many.png").read_bytes()[:200])  # its header is whole: only a full look tells
     cut = dict(pairs[0], id="the damaged one", images=[str(tmp_path / "cut.png")])
     with pytest.raises(ValueError, match="the damaged one: a picture cannot be read"):
-        rl.share([cut], 0, args("--rollout_batch", 1), 0, 1, lambda pair: rl.prompt(processor, pair))
+        rl.Shown([cut], rl.prompt, processor, args())[0, 0]
     (tmp_path / "none.png").write_bytes(b"")
     with pytest.raises(ValueError, match="the damaged one: a picture cannot be read"):
         rl.fitting([dict(cut, images=[str(tmp_path / "none.png")])], rl.messages, processor, args(), 0, 1)
