@@ -46,6 +46,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import statistics
 import time
@@ -856,8 +857,23 @@ def at_least(least, kind=int):
     return number
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """The docstring as it stands; a flag's default behind its help, where it has one."""
+
+    def _get_help_string(self, action):
+        none = action.default is None or action.default is False or action.default in ([], {}, argparse.SUPPRESS)
+        return action.help + ("" if none else " [%(default)s]")
+
+
+def command_line(doc):
+    """A stage's parser. @file stands for the flags in it, several on a line; # begins a comment."""
+    p = argparse.ArgumentParser(description=doc, formatter_class=Help, fromfile_prefix_chars="@")
+    p.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    return p
+
+
 def parser():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@")
+    p = command_line(__doc__)
     g = p.add_argument_group("data")
     g.add_argument("--data", type=source, nargs="+", action="extend", required=True, metavar="NAME=PATH",
                    help=f"sources: {', '.join(SOURCES)}; PATH: the download's folder, one of its files, or hub:owner/name@revision")

@@ -41,7 +41,6 @@ import json
 import math
 import os
 import re
-import shlex
 import sys
 from collections import Counter, namedtuple
 from functools import lru_cache
@@ -49,7 +48,7 @@ from pathlib import Path
 
 import torch
 
-from annotate import Unanswered, Unusable, as_sent, keep, locate, messages, table_rows, turn
+from annotate import Unanswered, Unusable, as_sent, command_line, keep, locate, messages, table_rows, turn
 from judge import ConsistencyJudge, coin
 from rl import (FREE, Clock, Shown, advantages_of, compare, compare_now, fitting, learn, loop_flags, means, mini_batches, of_updates,
                 old_logps, prepare, rewards_or_stop, rollout, sample, seed_of, shares, validate)
@@ -363,15 +362,13 @@ def pairs_flag(text):
 
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@")
-    p.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    p = command_line(__doc__)
     add = p.add_argument_group("data").add_argument
     add("--data", type=source, nargs="+", required=True,
         metavar="[NAME=]PATH", help=f"tasks to train on; NAME: {', '.join(FORMATS)}; none = tasks")
     add("--eval_data", type=source, nargs="+", default=[], metavar="[NAME=]PATH", help="held-out tasks; none = no held-out figures")
     add("--eval_n", type=int, default=500, help="the first so many of them")
     add("--out", default="out/downstream", help="folder to write; the same command continues from its last checkpoint")
-    add("--seed", type=int, default=0, help="of the order of the tasks and of every sample")
     add = p.add_argument_group("reward (C.9.1)").add_argument
     add("--pairs", type=pairs_flag, default="all", help="duels of a prompt: all (the paper), ring, or k neighbours on each side")
     add("--exact_weight", type=float, default=0.0, help="of the exact match with the ground truth; all duels together weigh 1")
@@ -388,10 +385,8 @@ def parser():
     add("--judge_retries", type=int, default=6, help="times a failed call is tried again; then the duel is a draw")
     add("--judge_patience", type=float, default=600, help="seconds without any reply after which the run stops")
     loop_flags(p)
-    add = p.add_argument_group("log, checks, checkpoints").add_argument
+    add = p.add_argument_group("held-out figures and checks").add_argument
     add("--eval_every", type=int, default=20, help="steps between held-out figures, with --eval_data")
-    add("--save_every", type=int, default=20, help="steps between checkpoints; there is one at the end; 0 = only that")
-    add("--tracker", choices=["none", "tensorboard", "wandb"], default="none", help="log there as well; it must be installed")
     add("--check_every", type=int, default=20, help="steps between comparisons of vLLM and the trainer; 0 = never")
     p.set_defaults(model="Qwen/Qwen2.5-VL-3B-Instruct", algo="grpo", samples=8, passes=1.0,  # C.9
                    train_batch=2048,  # one update a rollout (ours)

@@ -41,7 +41,6 @@ import math
 import os
 import random
 import re
-import shlex
 import threading
 import time
 from collections import Counter, defaultdict, deque, namedtuple
@@ -53,8 +52,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from annotate import (JUDGING_PROMPT, Endpoint, Unanswered, Unusable, as_sent, at_least, check_pair, data_url, each_pair, frames,
-                      keep, locate, located_lines, messages, table_rows, turn, whole)
+from annotate import (JUDGING_PROMPT, Endpoint, Unanswered, Unusable, as_sent, at_least, check_pair, command_line, data_url, each_pair,
+                      frames, keep, locate, located_lines, messages, table_rows, turn, whole)
 from annotate import table as markdown
 from sft import HF, collate, critique_of, encode, for_vllm, load_policy, micro_batches, read_media, start_vllm
 from stable_reinforce import parse
@@ -940,8 +939,7 @@ def bench_file(text):
 
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@")
-    p.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)  # a file of flags: several on a line, # begins a comment
+    p = command_line(__doc__)
     add = p.add_argument_group("data").add_argument
     add("--bench", nargs="+", type=bench_file, default=[], metavar="NAME=PATH",
         help=f"files or folders as their authors give them; {', '.join(BENCHMARKS)}, pairs; none = those of the run in --out")

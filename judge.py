@@ -15,7 +15,6 @@ $ python -m vllm.entrypoints.openai.api_server --model Qwen/Qwen2.5-VL-7B-Instru
 $ python judge.py --judge_url http://127.0.0.1:8000/v1 --data out/rl/rollouts-0.jsonl --out out/consistency.jsonl
 $ python judge.py --judge rule --data out/rl/rollouts-0.jsonl
 """
-import argparse
 import asyncio
 import hashlib
 import json
@@ -25,7 +24,7 @@ import threading
 import time
 from pathlib import Path
 
-from annotate import Endpoint, Unanswered
+from annotate import Endpoint, Unanswered, command_line
 from stable_reinforce import parse, parse_consistency
 
 # Ours: the paper prints none. Yes or no, since a digit could be taken for a response's number.
@@ -190,7 +189,7 @@ def read_texts(path):
 
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@")
+    p = command_line(__doc__)
     p.add_argument("--data", required=True, help='JSONL: "text" is a whole judgement; perhaps "label", 1 = consistent, 0 = not')
     p.add_argument("--out", help='JSONL to write: the rows with "consistency" added, 1, 0 or null; none = only the summary')
     p.add_argument("--seed", type=int, default=0, help="of --judge random and --judge_noise")

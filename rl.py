@@ -30,14 +30,12 @@ $ python rl.py --check --model out/sft --data data/rl.jsonl
 Reads  --model (see sft.py), --data (pairs, see annotate.py; those whose prompt does not fit --context are dropped and counted).
 Writes --out: the model, log.jsonl (a row a step), rollouts-*.jsonl (judgements with their rewards), curves.png, checkpoints/.
 """
-import argparse
 import functools
 import hashlib
 import json
 import math
 import os
 import random
-import shlex
 import sys
 import time
 from collections import Counter
@@ -46,10 +44,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from annotate import Unusable, messages, read_pairs, swap
+from annotate import Unusable, command_line, messages, read_pairs, swap
 from judge import ConsistencyJudge
 from sft import (HF, Log, as_it_is, barred, collate, curves, for_vllm, gathered, header, load_policy, make_engine, micro_batches,
-                 prompt_length, reduced, resumed, save_checkpoint, save_policy, setup, start_vllm, to_sample, token_logps, update)
+                 prompt_length, reduced, resumed, save_checkpoint, save_policy, setup, start_vllm, to_sample, token_logps,
+                 trainer_flags, update)
 from stable_reinforce import ALGORITHMS, KL, advantages, final_reward, format_reward, parse, result_reward, returns_to_go
 
 PICTURES = 8  # of a prompt, at most
@@ -505,15 +504,8 @@ def validate(args, world):
 
 def loop_flags(p):
     """Those of the parts that downstream_grpo.py imports."""
-    add = p.add_argument_group("model").add_argument
-    add("--model", default="out/sft", help="folder or hub name of the policy to train")
-    add("--attn", default="sdpa", help="attention of the trainer: sdpa, flash_attention_2, eager")
-    add("--min_pixels", type=int, help="smallest image, pixels; none = as the model's processor has it")
-    add("--max_pixels", type=int, help="largest image, pixels; none = as the model's processor has it")
-    add("--freeze_vision", action="store_true", help="do not train the vision tower")
-    add("--recompute", action=argparse.BooleanOptionalAction, default=True,
-        help="compute activations again in the backward: a third more work, far less memory")
     add = p.add_argument_group("rollout").add_argument
+    add("--model", default="out/sft", help="folder or hub name of the policy to train")
     add("--engine", choices=["vllm", "hf"], default="vllm", help="who samples; hf is slow and needs no vLLM")
     add("--rollout_batch", type=int, default=256, help="pairs (in stage 5 tasks) a step, over all ranks (256 in the paper)")
     add("--samples", type=int, default=1, help="judgements a pair, answers a task (1 and 8 in the paper; the group algorithms need more)")
@@ -539,22 +531,17 @@ def loop_flags(p):
     add("--steps", type=int, default=0, help="rollouts; 0 = as --passes gives")
     add("--lr", type=float, default=1e-6, help="learning rate (1e-6 in the paper)")
     add("--warmup", type=int, default=0, help="optimizer steps of linear warm-up (ours)")
-    add("--clip_grad", type=float, default=1.0, help="largest norm of the gradient (ours)")
-    add("--zero", type=int, choices=[0, 1, 2, 3], default=3,
-        help="DeepSpeed ZeRO stage; 3 = a 7B model beside vLLM on 4 GPUs of 80 GB; 2 is faster where it fits, and on a CPU")
-    add("--micro_tokens", type=int, default=16384, help="padded tokens a micro-batch; changes memory and speed, never the gradient")
-    add("--workers", type=int, default=4, help="processes per rank that read pictures ahead; 0 = none")
+    trainer_flags(p)
+    p.set_defaults(zero=3)
 
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@")
-    p.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    p = command_line(__doc__)
     add = p.add_argument_group("data").add_argument
     add("--data", help="JSONL of pairs (annotate.py's rl.jsonl: those the annotator needed two attempts for, or failed)")
     add("--eval_data", help="JSONL of held-out pairs; none = no held-out accuracy")
     add("--eval_n", type=int, default=500, help="the first so many of them")
     add("--out", default="out/rl", help="folder to write; the same command continues from its last checkpoint")
-    add("--seed", type=int, default=0, help="of the order of the pairs and of every sample")
     add("--both_orders", action="store_true", help="beyond the paper: each pair also with its answers swapped, in the same batch")
     add("--order_bonus", type=float, default=0.5, help="with --both_orders: reward for each of two judgements that are both right")
     add = p.add_argument_group("reward (Eq. 1, Eq. 2)").add_argument
@@ -562,10 +549,8 @@ def parser():
     add("--reward_form", choices=["gated", "external"], default="gated", help="gated: Eq. 2; external: Eq. 1")
     ConsistencyJudge.add_flags(p.add_argument_group("judge"))
     loop_flags(p)
-    add = p.add_argument_group("log, checks, checkpoints").add_argument
+    add = p.add_argument_group("held-out accuracy and checks").add_argument
     add("--eval_every", type=int, default=10, help="steps between held-out accuracies, with --eval_data")
-    add("--save_every", type=int, default=20, help="steps between checkpoints; there is one at the end; 0 = only that")
-    add("--tracker", choices=["none", "tensorboard", "wandb"], default="none", help="log there as well; it must be installed")
     add("--save_best", action="store_true", help="also keep in best/ the model of the best held-out greedy accuracy")
     add("--check", action="store_true", help="only compare vLLM's and the trainer's log-probabilities, before and after syncs")
     add("--check_every", type=int, default=20, help="steps between such comparisons in a run; the first sync always has one; 0 = never")

@@ -34,7 +34,6 @@ import json
 import math
 import os
 import random
-import shlex
 import shutil
 import socket
 import subprocess
@@ -46,7 +45,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-from annotate import CRITIQUE_PROMPT, Unusable, messages, read_pairs, turn
+from annotate import CRITIQUE_PROMPT, Unusable, command_line, messages, read_pairs, turn
 from stable_reinforce import parse
 
 MEDIA = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
@@ -828,43 +827,47 @@ PANELS = {"loss, nats a token": ["loss", "val_loss"], "held-out pairs": ["val_fo
           "norm of the gradient": ["norm"], "learning rate": ["lr"]}
 
 
+def trainer_flags(p):
+    """Those that rl.py and downstream_grpo.py have too."""
+    add = p.add_argument_group("trainer").add_argument
+    add("--attn", default="sdpa", choices=("sdpa", "eager", "flash_attention_2"), help="attention; the last needs a GPU and flash-attn")
+    add("--min_pixels", type=int, help="of an image or a frame; smaller ones are enlarged; none = as the model's processor has it")
+    add("--max_pixels", type=int, help="of an image or a frame; larger ones shrink; none = as the model's processor has it")
+    add("--freeze_vision", action="store_true", help="leave the vision tower as it is")
+    add("--recompute", action=argparse.BooleanOptionalAction, default=True,
+        help="compute activations again in the backward: a third more work, far less memory")
+    add("--clip_grad", type=float, default=1.0, help="bound of the gradient's norm; 0 = none (ours)")
+    add("--zero", type=int, default=2, choices=(0, 1, 2, 3),
+        help="DeepSpeed ZeRO stage; 0 only on a CPU; 3 = cut the weights up too: a 7B model beside vLLM on 4 GPUs of 80 GB")
+    add("--micro_tokens", type=int, default=16384, help="padded tokens of a micro-batch; changes speed and memory, no result")
+    add("--workers", type=int, default=4, help="processes per rank that read pictures ahead; 0 = none")
+    add("--seed", type=int, default=0, help="of the order of the data, of every sample, of a new head's weights")
+    add("--save_every", type=int, default=20, help="steps between checkpoints; 0 = none on the way")
+    add("--tracker", default="none", choices=("none", "tensorboard", "wandb"), help="log there as well; it must be installed")
+
+
 def parser():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@")
-    p.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)  # a file of flags: several on a line, # begins a comment
-    g = p.add_argument_group("model")
-    g.add_argument("--model", default="Qwen/Qwen2.5-VL-7B-Instruct", help="folder or name: a Qwen2-VL, Qwen2.5-VL or Qwen3-VL")
-    g.add_argument("--head", choices=("scalar", "critic"), help="train a baseline of Table 5 instead; a model that has a head keeps it")
-    g.add_argument("--attn", default="sdpa", choices=("sdpa", "eager", "flash_attention_2"), help="the last needs a GPU and flash-attn")
-    g.add_argument("--freeze_vision", action="store_true", help="leave the vision tower as it is")
-    g.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=True,
-                   help="compute activations again in the backward: a third more work, far less memory")
-    g = p.add_argument_group("data")
-    g.add_argument("--data", required=True, help="JSONL file of pairs with annotations, as annotate.py writes")
-    g.add_argument("--val", help="JSONL file of held-out pairs; none = --eval_n pairs of --data are held out")
-    g.add_argument("--context", type=int, default=8192, help="tokens; longer pairs are dropped and counted")
-    g.add_argument("--min_pixels", type=int, default=4 * 28 * 28, help="of an image or a frame; smaller ones are enlarged")
-    g.add_argument("--max_pixels", type=int, default=640 * 28 * 28, help="of an image or a frame; 640 tokens (ours)")
-    g.add_argument("--workers", type=int, default=4, help="processes per rank that decode images ahead; 0 = none")
-    g = p.add_argument_group("optimisation")
-    g.add_argument("--lr", type=float, default=1e-5, help="peak learning rate; 1e-5 in the paper")
-    g.add_argument("--batch", type=int, default=256, help="pairs a step over all ranks, at most; 256 in the paper")
-    g.add_argument("--epochs", type=int, default=1, help="1 in the paper")
-    g.add_argument("--warmup", type=float, default=0.03, help="share of the steps with rising learning rate (ours)")
-    g.add_argument("--schedule", default="cosine", choices=("cosine", "linear", "constant"), help="down to a tenth (ours)")
-    g.add_argument("--clip_grad", type=float, default=1.0, help="bound of the gradient's norm; 0 = none (ours)")
-    g.add_argument("--weight_decay", type=float, default=0.0, help="of AdamW (ours)")
-    g.add_argument("--seed", type=int, default=0, help="of the order of the pairs and a new head's weights")
-    g = p.add_argument_group("validation, log, checkpoints")
-    g.add_argument("--out", required=True, help="folder for the model, the log and the checkpoints")
-    g.add_argument("--eval_every", type=int, default=50, help="steps between validations; there is one before the first and after the last")
-    g.add_argument("--eval_n", type=int, default=256, help="pairs that a validation judges; 0 = no validation")
-    g.add_argument("--max_new_tokens", type=int, default=1024, help="of a judgement or critique in validation")
-    g.add_argument("--save_every", type=int, default=50, help="steps between checkpoints; 0 = only the model at the end")
-    g.add_argument("--tracker", default="none", choices=("none", "tensorboard", "wandb"), help="log there as well; must be installed")
-    g = p.add_argument_group("system")
-    g.add_argument("--zero", type=int, default=2, choices=(0, 1, 2, 3),
-                   help="ZeRO stage; 0 only on a CPU; 3 when the weights do not fit, and then validation does not generate")
-    g.add_argument("--micro_tokens", type=int, default=16384, help="padded tokens of a micro-batch; changes speed and memory, no result")
+    p = command_line(__doc__)
+    add = p.add_argument_group("model and data").add_argument
+    add("--model", default="Qwen/Qwen2.5-VL-7B-Instruct", help="folder or name: a Qwen2-VL, Qwen2.5-VL or Qwen3-VL")
+    add("--head", choices=("scalar", "critic"), help="train a baseline of Table 5 instead; a model that has a head keeps it")
+    add("--data", required=True, help="JSONL file of pairs with annotations, as annotate.py writes")
+    add("--val", help="JSONL file of held-out pairs; none = --eval_n pairs of --data are held out")
+    add("--context", type=int, default=8192, help="tokens; longer pairs are dropped and counted")
+    add("--out", required=True, help="folder for the model, the log and the checkpoints")
+    add = p.add_argument_group("optimisation").add_argument
+    add("--lr", type=float, default=1e-5, help="peak learning rate; 1e-5 in the paper")
+    add("--batch", type=int, default=256, help="pairs a step over all ranks, at most; 256 in the paper")
+    add("--epochs", type=int, default=1, help="1 in the paper")
+    add("--warmup", type=float, default=0.03, help="share of the steps with rising learning rate (ours)")
+    add("--schedule", default="cosine", choices=("cosine", "linear", "constant"), help="down to a tenth (ours)")
+    add("--weight_decay", type=float, default=0.0, help="of AdamW (ours)")
+    add = p.add_argument_group("validation").add_argument
+    add("--eval_every", type=int, default=50, help="steps between validations; there is one before the first and after the last")
+    add("--eval_n", type=int, default=256, help="pairs that a validation judges; 0 = no validation")
+    add("--max_new_tokens", type=int, default=1024, help="of a judgement or critique in validation; with --zero 3 none is generated")
+    trainer_flags(p)
+    p.set_defaults(min_pixels=4 * 28 * 28, max_pixels=640 * 28 * 28, save_every=50)  # an image has 4 to 640 tokens (ours)
     return p
 
 

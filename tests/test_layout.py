@@ -35,16 +35,17 @@ def imports(source):
 def flags(source):
     """The attribute each --flag of a source is stored in."""
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
+        if isinstance(node, ast.Call) and (getattr(node.func, "attr", "") == "add_argument" or getattr(node.func, "id", "") == "add"):
             names = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
             dest = next((k.value.value for k in node.keywords if k.arg == "dest"), None)
             long = next((n for n in names if n.startswith("--")), names[0] if names else "")
             yield dest or long.lstrip("-").replace("-", "_")
 
 
-def unread_flags(source):
-    """Flags never read as args.x (or through vars(args) by name, which does not count)."""
-    read = {n.attr for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "args"}
+def unread_flags(source, *others):
+    """Flags never read as args.x (or through vars(args) by name, which does not count); others: sources of what gets args handed on."""
+    nodes = [n for text in (source, *others) for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Attribute)]
+    read = {n.attr for n in nodes if "args" in (getattr(n.value, "id", ""), getattr(n.value, "attr", ""))}
     return sorted(set(flags(source)) - read)
 
 
@@ -105,7 +106,18 @@ def test_an_import_loads_none_of_the_heavy_libraries(name):
 
 @pytest.mark.parametrize("name", SCRIPTS + TOY)
 def test_every_flag_is_read(name):
-    assert unread_flags((ROOT / f"{name}.py").read_text()) == []
+    source = (ROOT / f"{name}.py").read_text()
+    assert unread_flags(source, *((ROOT / f"{other}.py").read_text() for other in imports(source) & {*PIPELINE})) == []
+
+
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "stable_reinforce"])
+def test_help_tells_every_default(name, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    p = importlib.import_module(name).parser()
+    text = " ".join(p.format_help().split())
+    defaults = [a.default for a in p._actions if a.option_strings and a.default not in (None, [], {}, "==SUPPRESS==")]
+    untold = [default for default in defaults if default is not False and f"[{default}]" not in text]
+    assert untold == [] and len(defaults) > 4
 
 
 def test_every_documented_command_is_taken_by_its_script():
@@ -168,9 +180,9 @@ def test_the_import_check_sees_every_kind_of_import():
 
 def test_the_flag_check_sees_a_dead_flag():
     source = "p.add_argument('--lr')\np.add_argument('--dry-run', action='store_true')\np.add_argument('-n', '--number')\n" \
-             "p.add_argument('data')\nprint(args.lr, args.data, other.number)"
-    assert list(flags(source)) == ["lr", "dry_run", "number", "data"]
-    assert unread_flags(source) == ["dry_run", "number"]
+             "p.add_argument('data')\nadd('--far')\nadd('--dead')\nprint(args.lr, args.data, other.number)"
+    assert sorted(flags(source)) == ["data", "dead", "dry_run", "far", "lr", "number"]
+    assert unread_flags(source, "print(self.args.far)") == ["dead", "dry_run", "number"]
 
 
 def test_the_command_check_reads_commands():
