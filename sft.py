@@ -49,6 +49,7 @@ from annotate import CRITIQUE_PROMPT, Unusable, command_line, messages, read_pai
 from stable_reinforce import parse
 
 MEDIA = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
+PIXELS = (("image", "pixel_values"), ("video", "pixel_values_videos"))
 INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", *MEDIA)  # of a batch, what the model itself takes
 
 # ---------------------------------------------------------------------------------------------------
@@ -155,7 +156,7 @@ class Policy(torch.nn.Module):
     def forward(self, batch, entropy=False):
         """A batch of collate() -> {"logp": (B, R), "entropy": (B, R) or None, "score": (B,) or None}, float32."""
         inputs = {k: batch[k] for k in INPUTS if k in batch}
-        seen, unseen = self.look(inputs)
+        seen, unseen = self.look(inputs, batch)
         hidden = self.model.base_model(**inputs, mm_encoder_outputs=seen, use_cache=False).last_hidden_state + unseen  # (B, T, H)
         hidden = hidden.flatten(0, 1)  # (B * T, H)
         mask, out = batch["mask"], {"logp": None, "entropy": None, "score": None}
@@ -168,16 +169,20 @@ class Policy(torch.nn.Module):
             out["score"] = self.head(hidden[batch["last"]])[:, 0].float()
         return out
 
-    def look(self, inputs):
+    def look(self, inputs, batch):
         """
         The pixels among the inputs -> ({"image": features, "video": features} for those there are, 0). The tower looks once in every
         micro-batch, at images and frames together, or at a grey patch, which adds 0: every rank must run the same modules in the same
-        order, since ZeRO-3 gathers each module's weights and ZeRO-2 reduces each gradient together with the other ranks.
+        order, since ZeRO-3 gathers each module's weights and ZeRO-2 reduces each gradient together with the other ranks. A picture
+        that several samples have is looked at once.
         """
-        v, pixels, grids = self.model.config.vision_config, {}, {}
-        for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        v, pixels, grids, which = self.model.config.vision_config, {}, {}, {}
+        for kind, name in PIXELS:
             if name in inputs:
-                pixels[kind], grids[kind] = inputs.pop(name), inputs[f"{kind}_grid_thw"]
+                of, grid = batch[f"{kind}_of"].tolist(), inputs[f"{kind}_grid_thw"]
+                first = [of.index(i) for i in range(max(of) + 1)]
+                pictures = inputs.pop(name).split(grid.prod(-1).tolist())
+                pixels[kind], grids[kind], which[kind] = torch.cat([pictures[i] for i in first]), grid[first], of
         if not pixels:
             side, device = v.spatial_merge_size, self.model.device
             pixels["grey"] = torch.zeros(side**2, v.in_channels * v.temporal_patch_size * v.patch_size**2, device=device)
@@ -189,7 +194,7 @@ class Policy(torch.nn.Module):
             return {}, 0 * sum(picture.sum() for layer in layers for picture in layer)
         seen, start = {}, 0
         for kind, grid in grids.items():
-            own = [layer[start:start + len(grid)] for layer in layers]
+            own = [[layer[start + i] for i in which[kind]] for layer in layers]
             seen[kind], start = SimpleNamespace(pooler_output=own[0], deepstack_features=own[1:]), start + len(grid)
         return seen, 0
 
@@ -361,8 +366,9 @@ def length(row):
 def collate(rows, pad, device="cpu", left=False):
     """
     Rows -> a batch: padded at the end, or in front (left) to generate from. Beside the model's inputs: mask (B, R), True where
-    row i has a j-th response token; tokens (N,), those tokens; at (N,) the position in the flattened (B * T) that predicts each;
-    last (B,) that of each row's last token. No rows: two padding tokens and nothing to predict.
+row i has a j-th response token; tokens (N,), those tokens; at (N,) the position in the flattened (B * T) that predicts each;
+    last (B,) that of each row's last token; image_of, video_of: which of the distinct pictures each one is. No rows: two padding
+    tokens and nothing to predict.
     """
     shown = rows or [{"prompt": [pad, pad], "types": [0, 0], "response": []}]
     T, R = max(map(length, shown)), max(len(row["response"]) for row in shown)
@@ -385,6 +391,11 @@ def collate(rows, pad, device="cpu", left=False):
         arrays = [torch.as_tensor(row[k]) for row in rows if k in row]
         if arrays:
             batch[k] = torch.cat(arrays)
+    for kind, k in PIXELS:  # samples of one prompt have its very arrays
+        known = {}
+        of = [known.setdefault((id(row[k]), j), len(known)) for row in rows if k in row for j in range(len(row[f"{kind}_grid_thw"]))]
+        if of:
+            batch[f"{kind}_of"] = torch.tensor(of)
     return {k: v.to(device) for k, v in batch.items()}
 
 

@@ -161,6 +161,23 @@ def test_chunks_give_the_log_probabilities_the_entropy_and_the_gradient_of_all_l
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
 
 
+def test_the_tower_looks_once_at_a_picture_that_several_samples_have(loaded, rows):
+    """Same log-probabilities and gradient as with a copy of the pictures for every sample."""
+    policy, looked, results = loaded[0], [], []
+    hook = policy.model.base_model.visual.register_forward_pre_hook(lambda _, given: looked.append(len(given[0])))
+    shared = [row | {"response": row["response"][:n]} for row in rows for n in (9, 5, 7)]
+    copied = [{k: v.copy() if k in sft.MEDIA else v for k, v in row.items()} for row in shared]
+    for some in (shared, copied):
+        policy.zero_grad()
+        logp = sft.token_logps(policy, sft.collate(some, 0))
+        (logp * torch.arange(len(some))[:, None]).sum().backward()
+        results.append([logp.detach(), *(p.grad.clone() for p in policy.model.parameters())])
+    hook.remove()
+    assert 3 * looked[0] == looked[1] > 0
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
 def test_a_second_backward_gives_the_gradient_again():
     """The first one uses up the softmax that had waited for it."""
     hidden, weight = (torch.randn(n, 8, generator=torch.Generator().manual_seed(n), requires_grad=True) for n in (5, 20))
