@@ -5,7 +5,7 @@
 #   toy/ablations.sh seeds        three seeds, and the consistency weight (Table 7)
 #   toy/ablations.sh harsh        StableReinforce against no pre-clip and no filter where training breaks (Fig. 2), five seeds
 #   toy/ablations.sh saturated    the filter on and off where nearly every judgement is right, five seeds
-#   toy/ablations.sh judges       how good the consistency judge is, and how much it weighs (Table 13), two seeds
+#   toy/ablations.sh judges       how good the consistency judge is, and how much it weighs (Table 13), three seeds
 #   toy/ablations.sh heads        the three kinds of reward model (Table 5)
 #   toy/ablations.sh downstream   a policy trained by the reward model and by a coin (Table 11), three seeds
 set -euo pipefail
@@ -65,7 +65,7 @@ judges() { # toy/base for Qwen2.5-VL-7B, toy/weaker.py for the 3B
     serve toy/base 8021
     serve $OUT/weaker 8022
     base="--judge_url http://127.0.0.1:8021/v1 --judge_model toy/base"
-    for seed in 0 1; do
+    for seed in 0 1 2; do
         while read -r name flags; do
             echo "$OUT/judges/$name-$seed/curves.png rl.py @toy/rl.args $TEST --seed $seed $flags --out $OUT/judges/$name-$seed"
         done <<END
