@@ -46,7 +46,7 @@ import torch.distributed as dist
 
 from annotate import Unusable, command_line, messages, read_pairs, swap
 from judge import ConsistencyJudge
-from sft import (HF, Log, as_it_is, barred, collate, curves, for_vllm, gathered, header, load_policy, make_engine, micro_batches,
+from sft import (HF, Log, as_it_is, barred, begin, collate, curves, for_vllm, gathered, header, load_policy, make_engine, micro_batches,
                  prompt_length, reduced, resumed, save_checkpoint, save_policy, setup, start_vllm, to_sample, token_logps,
                  trainer_flags, update)
 from stable_reinforce import ALGORITHMS, KL, advantages, final_reward, format_reward, parse, result_reward, returns_to_go
@@ -198,7 +198,7 @@ def shares(items, first, steps, args, rank, world, device):
     places = [(step, place) for step in range(first, steps) for place in range(start, start + size)]
     coming = iter(torch.utils.data.DataLoader(  # pin_memory: a thread takes in what the workers send
         items, batch_size=None, sampler=places, collate_fn=as_it_is, num_workers=args.workers, pin_memory=device.type == "cuda",
-        prefetch_factor=-(-size // args.workers) if args.workers else None, generator=torch.Generator()))
+        prefetch_factor=-(-size // args.workers) if args.workers else None, worker_init_fn=begin, generator=torch.Generator()))
     for _ in range(first, steps):
         yield [next(coming) for _ in range(size)]
 

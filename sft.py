@@ -35,6 +35,7 @@ import math
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -446,6 +447,14 @@ def keep_memory():
     if hasattr(libc, "mallopt"):  # glibc: from the heap what is below 32 MiB, and of its end nothing goes back below 2 GiB
         libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def begin(worker):
+    """What a data worker does first: it will die with its rank, however that dies, and lets go of the free memory it has of it."""
+    libc = ctypes.CDLL(None)
+    libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: alone, it would wait for ever for somebody to take its pictures
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def reduced(value, how="sum"):
@@ -912,7 +921,7 @@ def main():
     ahead = 2 * args.batch // (world * args.workers) + 1 if args.workers else None  # two steps' worth among the workers
     items = iter(torch.utils.data.DataLoader(
         Items(args.data, pairs, processor, policy.kind, args.context), batch_size=None, sampler=sum(shares, []),
-        collate_fn=as_it_is, num_workers=args.workers, prefetch_factor=ahead))
+        collate_fn=as_it_is, num_workers=args.workers, prefetch_factor=ahead, worker_init_fn=begin))
     validation = lambda: validate(engine, processor, held_out, args.context, args.micro_tokens, args.max_new_tokens) if held_out else {}
     if not done and held_out:
         log.row(0, **validation())

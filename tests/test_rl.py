@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 import rl
 from annotate import swap, write_pairs
 from stable_reinforce import advantages, policy_loss
+from test_sft import children, gone
 from toy import model as toy_model, pretrain, server, world
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
@@ -263,8 +264,10 @@ def test_killed_and_resumed_it_is_the_unbroken_run(world_files, tmp_path):
     log, deadline = tmp_path / "broken" / "log.jsonl", time.time() + 200
     while time.time() < deadline and not (log.exists() and '"step": 3,' in log.read_text()):
         time.sleep(0.02)
+    workers = children(broken.pid)
     broken.send_signal(signal.SIGKILL)
     broken.wait()
+    gone(workers)
     assert "step-000002" in os.listdir(tmp_path / "broken" / "checkpoints") and not (tmp_path / "broken" / "model.safetensors").exists()
     run(world_files, *words, "--out", tmp_path / "broken")
     assert rows_of(tmp_path / "broken") == rows_of(tmp_path / "whole") and len(rows_of(tmp_path / "whole")) == 6

@@ -88,6 +88,19 @@ def in_a_process(pipe, words, environment):
         raise
 
 
+def children(pid):
+    return subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
+
+
+def gone(pids, seconds=4):
+    """Those that nobody waits for any more would keep their memory for ever."""
+    assert pids
+    deadline = time.time() + seconds
+    while left := [pid for pid in pids if subprocess.run(["ps", "-o", "stat=", "-p", pid], capture_output=True, text=True).stdout.strip("Z\n ")]:
+        assert time.time() < deadline, f"{left} live on after their rank was killed"
+        time.sleep(0.1)
+
+
 # Forked from a server that has imported what is slow and started nothing: a fork of pytest's own process, with the threads that other
 # tests have left in it, dies.
 CLEAN = multiprocessing.get_context("forkserver")
@@ -469,9 +482,9 @@ def test_a_run_that_is_killed_continues_bit_for_bit(place, tmp_path):
         time.sleep(moment.random() * 0.2)
         if process.is_alive():
             kills += 1
-            for child in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split():
-                os.kill(int(child), signal.SIGKILL)
+            workers = children(process.pid)
             os.kill(process.pid, signal.SIGKILL)
+            gone(workers)
         process.join()
     assert launch(*words, "--out", tmp_path / "killed") == "" and kills
     steps = lambda name: [{k: v for k, v in row.items() if k != "seconds"} for row in log_of(tmp_path / name) if "step" in row]
