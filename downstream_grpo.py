@@ -52,7 +52,7 @@ from annotate import Unanswered, Unusable, as_sent, command_line, keep, locate, 
 from judge import ConsistencyJudge, coin
 from rl import (FREE, Clock, Shown, advantages_of, compare, compare_now, fitting, learn, loop_flags, means, mini_batches, of_updates,
                 old_logps, prepare, rewards_or_stop, rollout, sample, seed_of, shares, validate)
-from sft import Log, curves, header, reduced, resumed, save_checkpoint, save_policy, setup, to_sample
+from sft import Log, checkpoints, curves, header, load_processor, reduced, resumed, save_checkpoint, save_policy, setup, to_sample
 from stable_reinforce import parse
 
 # ---------------------------------------------------------------------------------------------------
@@ -404,15 +404,17 @@ def main():
     group, groups = rank // tp, world // tp
     tasks = read_tasks(args.data, out)
     held = read_tasks(args.eval_data, out, args.eval_n) if args.eval_data else []
-    engine, trainer, processor, reference = prepare(args, rank, world, device)
+    processor = load_processor(args.model, args.min_pixels, args.max_pixels)
     tasks, held = (fitting(some, turns, processor, args, rank, world) if some else [] for some in (tasks, held))
     held = held[group::groups]
+    steps = args.steps or math.ceil(args.passes * len(tasks) / args.rollout_batch)
+    first = max(checkpoints(out / "checkpoints"), default=0)
+    coming = shares(Shown(tasks, prompt, processor, args), first, steps, args, rank, world, device)
+    engine, trainer, reference = prepare(args, processor, rank, world, device)
     policy, pad = trainer.module, processor.tokenizer.pad_token_id
     judge = Duels(args, args.seed)
-    steps = args.steps or math.ceil(args.passes * len(tasks) / args.rollout_batch)
-    first, state = resumed(out, trainer, args, FREE, skipped=0)
+    _, state = resumed(out, trainer, args, FREE, skipped=0)
     log = Log(out, header(args, world, device) | {"tasks": len(tasks), "held_out": reduced(len(held)) / tp}, first, steps, args.tracker)
-    coming = shares(Shown(tasks, prompt, processor, args), first, steps, args, rank, world, device)
     if first or device.type == "cuda":
         engine.sync(policy)  # vLLM has the weights of --model
     if held and not first:

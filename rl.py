@@ -46,9 +46,9 @@ import torch.distributed as dist
 
 from annotate import Unusable, command_line, messages, read_pairs, swap
 from judge import ConsistencyJudge
-from sft import (HF, Log, as_it_is, barred, begin, collate, curves, for_vllm, gathered, header, load_policy, make_engine, micro_batches,
-                 prompt_length, reduced, resumed, save_checkpoint, save_policy, setup, start_vllm, to_sample, token_logps,
-                 trainer_flags, update)
+from sft import (HF, Log, as_it_is, barred, begin, checkpoints, collate, curves, for_vllm, gathered, header, load_policy,
+                 load_processor, make_engine, micro_batches, prompt_length, reduced, resumed, save_checkpoint, save_policy, setup,
+                 start_vllm, to_sample, token_logps, trainer_flags, update)
 from stable_reinforce import ALGORITHMS, KL, advantages, final_reward, format_reward, parse, result_reward, returns_to_go
 
 PICTURES = 8  # of a prompt, at most
@@ -192,15 +192,17 @@ class Shown(torch.utils.data.Dataset):
 
 
 def shares(items, first, steps, args, rank, world, device):
-    """This rank's part of the global batch of each step, a list. Processes read it while the step before is still at work."""
+    """
+    This rank's part of the global batch of each step, a list at a time. Processes read it, a step ahead. They are to be forked while
+    this one is small: each keeps what it was born with.
+    """
     size = args.rollout_batch // (world // args.tensor_parallel)
     start = rank // args.tensor_parallel * size
     places = [(step, place) for step in range(first, steps) for place in range(start, start + size)]
     coming = iter(torch.utils.data.DataLoader(  # pin_memory: a thread takes in what the workers send
         items, batch_size=None, sampler=places, collate_fn=as_it_is, num_workers=args.workers, pin_memory=device.type == "cuda",
         prefetch_factor=-(-size // args.workers) if args.workers else None, worker_init_fn=begin, generator=torch.Generator()))
-    for _ in range(first, steps):
-        yield [next(coming) for _ in range(size)]
+    return ([next(coming) for _ in range(size)] for _ in range(first, steps))
 
 
 def sample(engine, processor, mine, step, args, rank, logps):
@@ -557,18 +559,18 @@ def parser():
     return p
 
 
-def prepare(args, rank, world, device):
-    """Everything that lives through the run: (rollout engine, trainer, processor, reference). The rollout engine comes first: built
+def prepare(args, processor, rank, world, device):
+    """Everything large that lives through the run: (rollout engine, trainer, reference). The rollout engine comes first: built
     while DeepSpeed's ZeRO-3 is there, its own weights would be cut up."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     options = dict(attn=args.attn, min_pixels=args.min_pixels, max_pixels=args.max_pixels, dtype=dtype)
-    policy, processor = load_policy(args.model, recompute=args.recompute, freeze_vision=args.freeze_vision, **options)
+    policy, _ = load_policy(args.model, recompute=args.recompute, freeze_vision=args.freeze_vision, **options)
     engine = None
     if args.engine == "vllm":
         engine = VLLM(args.model, processor, device, rank // args.tensor_parallel, args.tensor_parallel, args.context, args.memory)
     trainer = make_engine(policy, args.zero, args.lr, device, clip_grad=args.clip_grad)
     reference = load_policy(args.model, **options)[0].to(device).eval().requires_grad_(False) if args.kl_coef else None
-    return engine or HF(policy, processor, device), trainer, processor, reference
+    return engine or HF(policy, processor, device), trainer, reference
 
 
 class Clock:
@@ -619,17 +621,19 @@ def main():
     pairs = read_pairs(args.data)
     held = read_pairs(args.eval_data, args.eval_n) if args.eval_data else []
     held = [swap(pair) if seed_of("order", i) % 2 else pair for i, pair in enumerate(held)]  # a coin: neither order is the rule
-    engine, trainer, processor, reference = prepare(args, rank, world, device)
-    policy, pad = trainer.module, processor.tokenizer.pad_token_id
+    processor = load_processor(args.model, args.min_pixels, args.max_pixels)
     pairs, held = (fitting(some, messages, processor, args, rank, world) if some else [] for some in (pairs, held))
+    steps = args.steps or math.ceil(args.passes * len(pairs) * (2 if args.both_orders else 1) / args.rollout_batch)
+    first = max(checkpoints(out / "checkpoints"), default=0)
+    coming = shares(Shown(pairs, prompt, processor, args), first, steps, args, rank, world, device)
+    engine, trainer, reference = prepare(args, processor, rank, world, device)
+    policy, pad = trainer.module, processor.tokenizer.pad_token_id
     if args.check:
         sys.exit(0 if check(engine, trainer, processor, pairs[group:8 * groups:groups], args, device, rank) else 1)
 
     judge = ConsistencyJudge(args, args.seed)
-    steps = args.steps or math.ceil(args.passes * len(pairs) * (2 if args.both_orders else 1) / args.rollout_batch)
-    first, state = resumed(out, trainer, args, FREE, best=-1.0, skipped=0)
+    _, state = resumed(out, trainer, args, FREE, best=-1.0, skipped=0)
     log = Log(out, header(args, world, device) | {"pairs": len(pairs), "held_out": len(held)}, first, steps, args.tracker)
-    coming = shares(Shown(pairs, prompt, processor, args), first, steps, args, rank, world, device)
     if first or device.type == "cuda":
         engine.sync(policy)  # vLLM has the weights of --model
     if held and not first:

@@ -210,23 +210,31 @@ def token_logps(policy, batch, entropy=False):
 # Loading and saving
 
 
-def load_policy(folder, head=None, dtype="auto", attn="sdpa", min_pixels=None, max_pixels=None, recompute=False, freeze_vision=False):
-    """
-    (policy, processor) of a folder or a name on the hub. head: None | "scalar" | "critic" begins a new head; a folder that has
-    one brings its own. min_pixels, max_pixels: of an image; they go into the processor, so whoever loads it sees the same.
-    """
-    from safetensors.torch import load_file, safe_open
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+def load_processor(folder, min_pixels=None, max_pixels=None):
+    """That of a folder or a name on the hub, with its own or these bounds of an image: whoever loads what is saved sees the same."""
+    from transformers import AutoConfig, AutoProcessor
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as LEGAL
 
     config = AutoConfig.from_pretrained(folder)
     if config.model_type not in LEGAL or not hasattr(config, "vision_config"):
         raise Unusable(f"{folder} is a {config.model_type!r}; legal: a model that reads images and text: qwen2_5_vl, qwen2_vl, qwen3_vl")
-    # Loaded whole by each rank on the CPU; ZeRO-3 cuts it up afterwards (its loading in pieces renames keys wrongly for these models).
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation=attn)
     processor = AutoProcessor.from_pretrained(folder)
     for part in (processor.image_processor, processor.video_processor):
         part.size = {"shortest_edge": min_pixels or part.size["shortest_edge"], "longest_edge": max_pixels or part.size["longest_edge"]}
+    return processor
+
+
+def load_policy(folder, head=None, dtype="auto", attn="sdpa", min_pixels=None, max_pixels=None, recompute=False, freeze_vision=False):
+    """
+    (policy, processor) of a folder or a name on the hub. head: None | "scalar" | "critic" begins a new head; a folder that has
+    one brings its own. min_pixels, max_pixels: of an image.
+    """
+    from safetensors.torch import load_file, safe_open
+    from transformers import AutoModelForImageTextToText
+
+    processor = load_processor(folder, min_pixels, max_pixels)
+    # Loaded whole by each rank on the CPU; ZeRO-3 cuts it up afterwards (its loading in pieces renames keys wrongly for these models).
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation=attn)
     stored = Path(folder, "reward_head", "head.safetensors")
     if stored.is_file():
         with safe_open(stored, "pt") as file:
@@ -556,9 +564,14 @@ def save_checkpoint(folder, engine, step, extra=None):
     dist.barrier()
 
 
+def checkpoints(folder):
+    """{step: its whole checkpoint}, the newest last."""
+    return {int(path.name[5:]): path for path in sorted(Path(folder).glob("step-*")) if path.suffix != ".part"}
+
+
 def load_checkpoint(folder, engine):
     """Puts the newest whole checkpoint's state back; returns (step, extra), or (0, None) where there is none."""
-    found = sorted(p for p in Path(folder).glob("step-*") if p.suffix != ".part")
+    found = [*checkpoints(folder).values()]
     if not found:
         return 0, None
     mine = found[-1] / f"rank-{dist.get_rank()}.pt"

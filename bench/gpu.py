@@ -274,7 +274,8 @@ def main():
         "--model", model, "--max_new_tokens", str(args.new_tokens), "--context", str(args.context), "--zero", str(args.zero), "--memory",
         str(args.memory), "--attn", args.attn, "--micro_tokens", str(args.budgets[-2:][0]),
         "--recompute" if args.recompute else "--no-recompute"])
-    engine, trainer, processor, _ = rl.prepare(flags, rank, world_size, device)
+    processor = sft.load_processor(model)
+    engine, trainer, _ = rl.prepare(flags, processor, rank, world_size, device)
     config, pad, measure = trainer.module.model.config, processor.tokenizer.pad_token_id, Measure(device)
     pairs = make_pairs(work, args, rank)
     prompts = [rl.prompt(processor, pair) for pair in pairs]

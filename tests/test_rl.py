@@ -162,7 +162,8 @@ def one_less(self, prompts, *a, **k):
     return real["generate"](self, [p | {"media": (None, *p["media"][1:])} for p in prompts], *a, **k)
 args = rl.parser().parse_args(sys.argv[1:])
 rank, world, device = rl.setup(0)
-engine, trainer, processor, _ = rl.prepare(args, rank, world, device)
+processor = rl.load_processor(args.model)
+engine, trainer, _ = rl.prepare(args, processor, rank, world, device)
 pairs = rl.read_pairs(args.data)[rank::world]
 for name, patch in (("sound", {}), ("no tied head", {"weights": no_head}), ("other pixels", {"generate": blind}), ("no image", {"generate": one_less}),
                     ("no reset", {"reset": lambda self: None})):
