@@ -212,7 +212,7 @@ def test_freed_memory_is_not_given_back_to_the_system():
             del some
         print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
     done = subprocess.run([sys.executable, "-c", rounds], cwd=ROOT, capture_output=True, text=True)
-    assert int(done.stdout) < 10_000, done
+    assert int(done.stdout) < 100_000, done
 
 
 def test_a_row_has_the_same_log_probabilities_alone_and_in_any_company(loaded, rows):
