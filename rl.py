@@ -198,7 +198,7 @@ def shares(items, first, steps, args, rank, world, device):
     """
     size = args.rollout_batch // (world // args.tensor_parallel)
     start = rank // args.tensor_parallel * size
-    places = [(step, place) for step in range(first, steps) for place in range(start, start + size)]
+    places = ((step, place) for step in range(first, steps) for place in range(start, start + size))
     coming = iter(torch.utils.data.DataLoader(  # pin_memory: a thread takes in what the workers send
         items, batch_size=None, sampler=places, collate_fn=as_it_is, num_workers=args.workers, pin_memory=device.type == "cuda",
         prefetch_factor=-(-size // args.workers) if args.workers else None, worker_init_fn=begin, generator=torch.Generator()))
