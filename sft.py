@@ -375,7 +375,7 @@ def length(row):
 def collate(rows, pad, device="cpu", left=False):
     """
     Rows -> a batch: padded at the end, or in front (left) to generate from. Beside the model's inputs: mask (B, R), True where
-row i has a j-th response token; tokens (N,), those tokens; at (N,) the position in the flattened (B * T) that predicts each;
+    row i has a j-th response token; tokens (N,), those tokens; at (N,) the position in the flattened (B * T) that predicts each;
     last (B,) that of each row's last token; image_of, video_of: which of the distinct pictures each one is. No rows: two padding
     tokens and nothing to predict.
     """
