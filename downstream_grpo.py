@@ -52,7 +52,7 @@ from annotate import Unanswered, Unusable, as_sent, command_line, keep, locate, 
 from judge import ConsistencyJudge, coin
 from rl import (FREE, Clock, Shown, advantages_of, compare, compare_now, fitting, learn, loop_flags, means, mini_batches, of_updates,
                 old_logps, prepare, rewards_or_stop, rollout, sample, seed_of, shares, validate)
-from sft import Log, checkpoints, curves, header, load_processor, reduced, resumed, save_checkpoint, save_policy, setup, to_sample
+from sft import Log, checkpoints, end_run, header, load_processor, reduced, resumed, save_checkpoint, setup, to_sample
 from stable_reinforce import parse
 
 # ---------------------------------------------------------------------------------------------------
@@ -456,11 +456,7 @@ def main():
         if done == steps or args.save_every and done % args.save_every == 0:
             save_checkpoint(out / "checkpoints", trainer, done, state)
 
-    save_policy(policy, processor, out, rank)
-    log.close()
-    if rank == 0:
-        curves(out, PANELS)
-        print(f"{out}: the model after {steps} steps, log.jsonl, curves.png")
+    end_run(out, policy, processor, log, PANELS, rank)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ import torch
 from annotate import (JUDGING_PROMPT, Endpoint, Unanswered, Unusable, as_sent, at_least, check_pair, command_line, data_url, each_pair,
                       frames, keep, locate, located_lines, messages, table_rows, turn, whole)
 from annotate import table as markdown
-from sft import HF, collate, critique_of, encode, for_vllm, load_policy, micro_batches, read_media, start_vllm
+from sft import HF, collate, critique_of, encode, for_vllm, load_policy, load_processor, micro_batches, read_media, start_vllm
 from stable_reinforce import parse
 
 # ---------------------------------------------------------------------------------------------------
@@ -359,10 +359,7 @@ def engine(args):
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(64)))).split(",")
         first = int(torchrun["LOCAL_RANK"]) * args.tensor_parallel
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[first:first + args.tensor_parallel])
-    from transformers import AutoProcessor
-    processor = AutoProcessor.from_pretrained(args.model)
-    if args.max_pixels:
-        processor.image_processor.size = processor.image_processor.size | {"longest_edge": args.max_pixels}
+    processor = load_processor(args.model, max_pixels=args.max_pixels)
     digits = processor.tokenizer.encode("12", add_special_tokens=False)
     if processor.tokenizer.convert_ids_to_tokens(digits) != ["1", "2"]:
         raise Unusable(f"--model {args.model} reads 12 as the tokens {digits}; legal: a model to which each digit is one token, as Qwen's")
@@ -482,7 +479,7 @@ def scores(args):
 
 def heads(args):
     """The reward heads of sft.py: scalar scores a response, critic its own critique of it."""
-    policy, processor = load_policy(args.model, max_pixels=args.max_pixels)
+    policy, processor = load_policy(args.model), load_processor(args.model, max_pixels=args.max_pixels)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     policy.to(device).eval()
 
@@ -956,7 +953,7 @@ def parser():
     add("--samples", type=at_least(1), help="samples a row, over both orders together; default 16; 15 and 16 in the paper")
     add("--temperature", type=at_least(0, float), default=1.0, help="1 in C.5; 0 = greedy, the paper's main results: one sample an order")
     add("--max_new_tokens", type=at_least(1), default=4096, help="of a judgement; longer ones are truncated, which is counted")
-    add("--max_pixels", type=at_least(1), help="of an image; larger ones are reduced; none = the model's own bound")
+    add("--max_pixels", type=at_least(1), help="of an image or a frame; larger ones are reduced; none = the model's own bound")
     add("--early_stop", action="store_true", help="a row ends after three equal answers in a row, at most --samples (C.10)")
     add("--seed", type=int, default=0, help="of the samples, each row, order and sample having its own, and of the vote's page")
     add = p.add_argument_group("output").add_argument

@@ -46,7 +46,7 @@ import torch.distributed as dist
 
 from annotate import Unusable, command_line, messages, read_pairs, swap
 from judge import ConsistencyJudge
-from sft import (HF, Log, as_it_is, barred, begin, checkpoints, collate, curves, for_vllm, gathered, header, load_policy,
+from sft import (HF, Log, as_it_is, barred, begin, checkpoints, collate, end_run, for_vllm, gathered, header, load_policy,
                  load_processor, make_engine, micro_batches, prompt_length, reduced, resumed, save_checkpoint, save_policy, setup,
                  start_vllm, to_sample, token_logps, trainer_flags, update)
 from stable_reinforce import ALGORITHMS, KL, advantages, final_reward, format_reward, parse, result_reward, returns_to_go
@@ -562,14 +562,13 @@ def parser():
 def prepare(args, processor, rank, world, device):
     """Everything large that lives through the run: (rollout engine, trainer, reference). The rollout engine comes first: built
     while DeepSpeed's ZeRO-3 is there, its own weights would be cut up."""
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    options = dict(attn=args.attn, min_pixels=args.min_pixels, max_pixels=args.max_pixels, dtype=dtype)
-    policy, _ = load_policy(args.model, recompute=args.recompute, freeze_vision=args.freeze_vision, **options)
+    how = dict(dtype=torch.float32 if device.type == "cpu" else torch.bfloat16, attn=args.attn)
+    policy = load_policy(args.model, recompute=args.recompute, freeze_vision=args.freeze_vision, **how)
     engine = None
     if args.engine == "vllm":
         engine = VLLM(args.model, processor, device, rank // args.tensor_parallel, args.tensor_parallel, args.context, args.memory)
     trainer = make_engine(policy, args.zero, args.lr, device, clip_grad=args.clip_grad)
-    reference = load_policy(args.model, **options)[0].to(device).eval().requires_grad_(False) if args.kl_coef else None
+    reference = load_policy(args.model, **how).to(device).eval().requires_grad_(False) if args.kl_coef else None
     return engine or HF(policy, processor, device), trainer, reference
 
 
@@ -689,11 +688,7 @@ def main():
         if done == steps or args.save_every and done % args.save_every == 0:
             save_checkpoint(out / "checkpoints", trainer, done, state)
 
-    save_policy(policy, processor, out, rank)
-    log.close()
-    if rank == 0:
-        curves(out, PANELS)
-        print(f"{out}: the model after {steps} steps, log.jsonl, curves.png")
+    end_run(out, policy, processor, log, PANELS, rank)
 
 
 if __name__ == "__main__":

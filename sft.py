@@ -224,15 +224,11 @@ def load_processor(folder, min_pixels=None, max_pixels=None):
     return processor
 
 
-def load_policy(folder, head=None, dtype="auto", attn="sdpa", min_pixels=None, max_pixels=None, recompute=False, freeze_vision=False):
-    """
-    (policy, processor) of a folder or a name on the hub. head: None | "scalar" | "critic" begins a new head; a folder that has
-    one brings its own. min_pixels, max_pixels: of an image.
-    """
+def load_policy(folder, head=None, dtype="auto", attn="sdpa", recompute=False, freeze_vision=False):
+    """That of a folder or a name on the hub. head: None | "scalar" | "critic" begins a new head; a folder that has one brings its own."""
     from safetensors.torch import load_file, safe_open
     from transformers import AutoModelForImageTextToText
 
-    processor = load_processor(folder, min_pixels, max_pixels)
     # Loaded whole by each rank on the CPU; ZeRO-3 cuts it up afterwards (its loading in pieces renames keys wrongly for these models).
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation=attn)
     stored = Path(folder, "reward_head", "head.safetensors")
@@ -248,7 +244,7 @@ def load_policy(folder, head=None, dtype="auto", attn="sdpa", min_pixels=None, m
         model.base_model.visual.requires_grad_(False)
     if recompute:
         model.gradient_checkpointing_enable()
-    return policy, processor
+    return policy
 
 
 def save_policy(policy, processor, folder, rank=0):
@@ -698,6 +694,15 @@ def curves(folder, panels):
     plt.close(figure)
 
 
+def end_run(out, policy, processor, log, panels, rank):
+    """The end of a run: the model, and its curves."""
+    save_policy(policy, processor, out, rank)
+    log.close()
+    if rank == 0:
+        curves(out, panels)
+        print(f"{out}: the model after {log.bar.total} steps, log.jsonl, curves.png")
+
+
 # ---------------------------------------------------------------------------------------------------
 # What is learnt from a pair
 
@@ -908,8 +913,9 @@ def main():
     args = parser().parse_args()
     # 1. ranks, model, engine
     rank, world, device = setup(args.seed)
-    policy, processor = load_policy(args.model, args.head, torch.bfloat16 if device.type == "cuda" else torch.float32, args.attn,
-                                    args.min_pixels, args.max_pixels, args.recompute, args.freeze_vision)
+    processor = load_processor(args.model, args.min_pixels, args.max_pixels)
+    policy = load_policy(args.model, args.head, torch.bfloat16 if device.type == "cuda" else torch.float32, args.attn, args.recompute,
+                         args.freeze_vision)
     engine = make_engine(policy, args.zero, args.lr, device, args.weight_decay, args.clip_grad)
     collated = lambda rows: collate(rows, processor.tokenizer.pad_token_id, device)
 
@@ -966,12 +972,9 @@ def main():
         start = time.time()
         if not last and args.save_every and step % args.save_every == 0:
             save_checkpoint(Path(args.out, "checkpoints"), engine, step, state)
-    save_policy(policy, processor, args.out, rank)
-    log.close()
+    end_run(args.out, policy, processor, log, PANELS, rank)
     if rank == 0:
         shutil.rmtree(Path(args.out, "checkpoints"), ignore_errors=True)
-        curves(args.out, PANELS)
-        print(f"{args.out}: the model after {len(batches)} steps, log.jsonl, curves.png")
     dist.destroy_process_group()
 
 

@@ -47,7 +47,7 @@ def by_loop(args, rows, most):
 
     start = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    policy, processor = sft.load_policy(args.model)
+    policy, processor = sft.load_policy(args.model), sft.load_processor(args.model)
     model, end = policy.model.to(device).eval(), processor.tokenizer.eos_token_id
     loaded, made, tokens = time.monotonic(), 0, 0
     for row, (*_, order, _) in ((row, at) for row in rows[2:] for at in ev.plan(row, args)):

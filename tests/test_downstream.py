@@ -339,8 +339,8 @@ def test_it_learns_what_wins_and_a_dead_judge_stops_it_with_a_checkpoint(toy, se
 
 def test_the_forced_token_of_a_real_server_is_transformers_own(toy, tmp_path):
     """vLLM continues the reply after the empty thought: P("1") is what transformers computes, pictures included; and prefixes are met again."""
-    from sft import INPUTS, collate, encode, load_policy
-    policy, processor = load_policy(ROOT / "toy/weak", dtype=torch.float32)
+    from sft import INPUTS, collate, encode, load_policy, load_processor, save_policy
+    policy, processor = load_policy(ROOT / "toy/weak", dtype=torch.float32), load_processor(ROOT / "toy/weak")
     rng = random.Random(0)  # a few steps of judgements, or neither digit is among the 20 likeliest tokens that a server tells of
 
     def judged():
@@ -348,7 +348,7 @@ def test_the_forced_token_of_a_real_server_is_transformers_own(toy, tmp_path):
         return dialogue | {"turns": [(dialogue["turns"][0][0], f"{d.PREFIX}{rng.choice((1, 2))}</answer>")]}
 
     pretrain.train(policy.model, processor, lambda done: [judged() for _ in range(8)], 60, log_every=60)
-    d.save_policy(policy, processor, tmp_path)
+    save_policy(policy, processor, tmp_path)
     policy.eval()
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -682,7 +682,7 @@ def test_the_reward_heads_of_sft(kind, toy, tmp_path):
     from toy import model
     model.make(tmp_path / "base", seed=1, hidden=64, layers=1)
     torch.manual_seed(2)
-    policy, processor = sft.load_policy(tmp_path / "base", head=kind)
+    policy, processor = sft.load_policy(tmp_path / "base", head=kind), sft.load_processor(tmp_path / "base")
     (tmp_path / "rm").mkdir()
     sft.save_policy(policy, processor, tmp_path / "rm")
     args = args_of("--model", tmp_path / "rm", "--max_new_tokens", 8)
@@ -742,7 +742,7 @@ def judge_model(toy, tmp_path_factory):
     from toy import model
     folder = tmp_path_factory.mktemp("model")
     model.make(folder, seed=0, hidden=64, layers=1)
-    policy, processor = sft.load_policy(folder)
+    policy, processor = sft.load_policy(folder), sft.load_processor(folder)
     pairs = read_pairs(toy / "pairs.jsonl", 40)
     rows = [sft.encode(processor, messages(p, i % 2), f"<think>So.</think><answer>{1 + i // 2 % 2}</answer>") for i, p in enumerate(pairs)]
     optimizer = torch.optim.AdamW(policy.parameters(), lr=5e-3)
@@ -774,7 +774,7 @@ def test_vllm_judges_and_its_log_probabilities_are_transformers(judge_model, toy
     judgements = ev.read_judgements(tmp_path)
     verdicts = [j for j in judgements.values() if j["choice"]]
     assert len(verdicts) > 60 and {j["choice"] for j in verdicts} == {1, 2} and len({j["text"] for j in judgements.values()}) > 1
-    policy, processor = sft.load_policy(judge_model, dtype=torch.float32)
+    policy, processor = sft.load_policy(judge_model, dtype=torch.float32), sft.load_processor(judge_model)
     one, two = (processor.tokenizer.encode(d)[0] for d in "12")
     worst = 0.0
     for j in sorted(verdicts, key=lambda j: (j["sample"], j["row"]))[:14] + [j for j in verdicts if j["row"] in (10, 11)][:4]:

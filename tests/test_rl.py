@@ -197,7 +197,7 @@ def test_the_gradient_depends_on_the_pixels(world_files):
     """The authors' released update never saw the image: its loss and gradient were the same for any picture."""
     from PIL import Image
 
-    policy, processor = rl.load_policy(world_files[0])
+    policy, processor = rl.load_policy(world_files[0]), rl.load_processor(world_files[0])
     pair = next(p for p in rl.read_pairs(world_files[1]) if p["images"])
     found = []
     for colour in ("red", "blue"):
@@ -219,7 +219,7 @@ def test_what_does_not_fit_is_dropped_before_the_run_and_counted(world_files, tm
     """A prompt too long for vLLM would stop a run after hours."""
     from PIL import Image
 
-    _, processor = rl.load_policy(world_files[0])
+    processor = rl.load_processor(world_files[0])
     pairs = rl.read_pairs(world_files[1])
     exact = [len(rl.prompt(processor, pair)["prompt"]) for pair in pairs]
     limit = sorted(exact)[15]

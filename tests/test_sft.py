@@ -62,7 +62,8 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(place):
-    policy, processor = sft.load_policy(place / "base", dtype=torch.float32, min_pixels=3136, max_pixels=12544)
+    policy = sft.load_policy(place / "base", dtype=torch.float32)
+    processor = sft.load_processor(place / "base", 3136, 12544)
     return policy.eval(), processor
 
 
@@ -374,7 +375,7 @@ STEPS, LR = 5, 1e-4
 
 def plain_loop(folder, rows):
     """(losses, norms, weights) of the same training in plain torch: one batch, mean over its tokens, AdamW, clip at 1."""
-    policy, _ = sft.load_policy(folder / "base", dtype=torch.float32)
+    policy = sft.load_policy(folder / "base", dtype=torch.float32)
     policy.train()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0)
     found, norms, batch = [], [], sft.collate(rows, 0)
@@ -394,7 +395,8 @@ def worker(folder):
     folder, found = Path(folder), {}
     rank, world_size, device = sft.setup(0)
     for zero, budget, recompute in ((0, 600, False), (1, 600, False), (2, 1, False), (2, 10**6, False), (2, 600, True), (3, 600, True)):
-        policy, processor = sft.load_policy(folder / "base", dtype=torch.float32, recompute=recompute)
+        policy = sft.load_policy(folder / "base", dtype=torch.float32, recompute=recompute)
+        processor = sft.load_processor(folder / "base")
         rows = [sft.rows_of(pair, processor, None, 4096)[0] for pair in read_pairs(folder / "pairs.jsonl", 7)]
         mine = [rows[3:4], rows[:3] + rows[4:]][rank]  # one rank has a single text, the other all that has pictures
         engine, passes = sft.make_engine(policy, zero, LR, device), []
@@ -448,7 +450,8 @@ def test_two_ranks_any_stage_any_budget_train_as_one_plain_loop_does(place, rows
         assert math.isnan(row["spoilt"][0]) and row["spoilt"][1] == math.inf and row["moved"] == 0
         assert abs(row["again"] - found["0 600"]["again"]) < 1e-5 and row["again"] < losses[-1]
     # what ZeRO-3 exported, and what two ranks found in validation: as one process with the saved folder does
-    policy, processor = sft.load_policy(place / "saved", dtype=torch.float32)
+    policy = sft.load_policy(place / "saved", dtype=torch.float32)
+    processor = sft.load_processor(place / "saved")
     for key, value in policy.named_parameters():
         torch.testing.assert_close(value, weights[key], atol=1e-5, rtol=0)
     pairs = read_pairs(place / "val.jsonl")[:5]
@@ -518,7 +521,8 @@ def test_the_exported_folder_loads_in_vllm_and_says_the_same(place, tmp_path):
     """With a reward head beside it, too: one folder for all. Large pictures are sized by the folder's own processor."""
     from PIL import Image
 
-    policy, processor = sft.load_policy(place / "base", "critic", torch.float32, min_pixels=3136, max_pixels=12544)
+    policy = sft.load_policy(place / "base", "critic", torch.float32)
+    processor = sft.load_processor(place / "base", 3136, 12544)
     sft.save_policy(policy, processor, tmp_path / "saved")
     pairs = make_pairs(tmp_path, 4, seed=2, media=("image", "text", "images"))
     Image.new("RGB", (300, 200), "blue").save(pairs[0]["images"][0])
@@ -527,7 +531,8 @@ def test_the_exported_folder_loads_in_vllm_and_says_the_same(place, tmp_path):
                            json.dumps(sft.barred(processor, 704)), tmp_path / "said.json"],
                           cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    again, processor = sft.load_policy(tmp_path / "saved", dtype=torch.float32)
+    again = sft.load_policy(tmp_path / "saved", dtype=torch.float32)
+    processor = sft.load_processor(tmp_path / "saved")
     rows = [sft.encode(processor, messages(pair)) for pair in read_pairs(tmp_path / "pairs.jsonl")]
     ours = [sample["ids"] for sample, in sft.HF(again, processor, "cpu").generate(rows, temperature=0.0, max_tokens=16)]
     for (prompt, said), row, ids in zip(json.loads((tmp_path / "said.json").read_text()), rows, ours):
@@ -551,7 +556,8 @@ def test_a_reward_head_learns_and_comes_back(place, tmp_path, head):
     assert log[-1]["val_n"] == 16 and log[-1]["val_loss"] < 0.5 * log[0]["val_loss"], log
     if head == "scalar":
         assert log[-1]["val_accuracy"] == 1 and log[-1]["loss"] < 0.1
-    policy, processor = sft.load_policy(tmp_path / "out", dtype=torch.float32)
+    policy = sft.load_policy(tmp_path / "out", dtype=torch.float32)
+    processor = sft.load_processor(tmp_path / "out")
     assert policy.kind == head
     groups = [sft.rows_of(pair, processor, head, 4096) for pair in read_pairs(tmp_path / "pairs.jsonl", 4)]
     with torch.no_grad():
@@ -570,7 +576,7 @@ def test_a_frozen_tower_stays_and_every_row_of_the_log_is_told(place, tmp_path):
     log = [row for row in log_of(tmp_path / "out") if row.get("step")]
     assert [row["step"] for row in log] == [1, 2, 3] and log[-1]["dropped"] == {"too long": 1, "no annotation": 1, "no critiques": 0}
     assert sum(row["pairs"] for row in log) == 10 and all(row["seconds"] > 0 and row["norm"] > 0 for row in log)
-    (before, _), (after, _) = (sft.load_policy(folder, dtype=torch.float32) for folder in (place / "base", tmp_path / "out"))
+    before, after = (sft.load_policy(folder, dtype=torch.float32) for folder in (place / "base", tmp_path / "out"))
     changed = {name for (name, a), b in zip(before.named_parameters(), after.parameters()) if not torch.equal(a, b)}
     assert changed and not any("visual" in name for name in changed)
 
