@@ -5,7 +5,7 @@ One RL step: rl.py against TRL's GRPOTrainer and against a floor; the same promp
   TRL     the latest release of PyPI in an environment of its own (--setup_trl), pictures included, transformers' generate (its vLLM
           inside the process does not start on a CPU), rl.py's rules as the reward; no logging, saving, evaluation, recomputation
   floor   what no loop can be without: bare vLLM for as many tokens, then a bare forward and backward by transformers over them in
-          rl.py's micro-batches. No prompts are built, nothing is seeded, scored, optimized or synced
+          rl.py's micro-batches, with rl.py's matrix products. No prompts are built, nothing is seeded, scored, optimized or synced
 
 Each contender lives in a process of its own, on one rank and --threads threads, in float32 on a CPU. They take turns round by round
 while the others sleep, so that whatever else the machine does meets them alike; a cell's first round is not counted.
@@ -99,7 +99,7 @@ def rl_py(args, cell, talk):
 
 def floor(args, cell, talk):
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoProcessor
     from vllm import SamplingParams
 
     import rl
@@ -108,7 +108,7 @@ def floor(args, cell, talk):
     def make():
         device, processor = sft.setup(args.seed)[2], AutoProcessor.from_pretrained(args.model)
         return (processor, rl.VLLM(args.model, processor, device, max_len=args.context),
-                AutoModelForImageTextToText.from_pretrained(args.model, dtype=torch.float32))
+                sft.load_policy(args.model, dtype=torch.float32).model)
 
     processor, engine, model = talk.kept(make)
     how = SamplingParams(n=2, temperature=1.0, max_tokens=cell["tokens"], ignore_eos=True, detokenize=False)

@@ -149,7 +149,8 @@ def test_the_loss_is_transformers_own(loaded, rows):
         labels[i, len(row["prompt"]):sft.length(row)] = torch.tensor(row["response"])
     own = AutoModelForImageTextToText.from_pretrained(loaded[0].model.name_or_path, dtype=torch.float32).eval()
     with torch.no_grad():
-        expected = own(**{k: batch[k] for k in sft.INPUTS if k in batch}, labels=labels).loss
+        mask = torch.arange(labels.shape[1]) < torch.tensor([[sft.length(row)] for row in rows])
+        expected = own(**{k: batch[k] for k in sft.INPUTS if k in batch}, attention_mask=mask.long(), labels=labels).loss
         text, pair, _ = sft.losses(loaded[0], batch)
     torch.testing.assert_close(text / batch["mask"].sum(), expected, atol=1e-6, rtol=1e-6)
     assert pair == 0
@@ -190,6 +191,32 @@ def test_the_tower_looks_once_at_a_picture_that_several_samples_have(loaded, row
     assert 3 * looked[0] == looked[1] > 0
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
+def test_attention_is_causal_and_has_no_mask_though_rows_are_padded(loaded, rows, monkeypatch):
+    """With a mask, torch's kernels read all of T x T, and the fastest one of a GPU takes none."""
+    seen, attend = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, attn_mask=None, is_causal=False, **more: (
+        seen.append((q.shape[0] == len(rows), attn_mask, is_causal)), attend(q, k, v, attn_mask=attn_mask, is_causal=is_causal, **more))[1])
+    assert len({sft.length(row) for row in rows}) > 1
+    sft.token_logps(loaded[0], sft.collate(rows, 0))
+    language = [causal for text, mask, causal in seen if text]
+    assert language and all(language) and all(mask is None for _, mask, _ in seen)
+
+
+def test_onednns_product_is_the_matrix_product(loaded):
+    """Values and gradients, with a bias and without, with each input frozen; every linear layer of a policy makes it."""
+    draw = lambda *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+    up = draw(3, 5, 6)
+    for given in ((draw(3, 5, 8), draw(6, 8), draw(6)), (draw(3, 5, 8), draw(6, 8), None)):
+        for frozen in range(3):
+            inputs = [v if v is None or i == frozen else v.clone().requires_grad_() for i, v in enumerate(given)]
+            leaves = [v for v in inputs if v is not None and v.requires_grad]
+            ours, torchs = sft.Product.apply(*inputs), torch.nn.functional.linear(*inputs)
+            torch.testing.assert_close(ours, torchs, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(torch.autograd.grad(ours, leaves, up), torch.autograd.grad(torchs, leaves, up), atol=1e-5, rtol=1e-5)
+    kinds = {type(module) for module in loaded[0].model.modules() if isinstance(module, torch.nn.Linear)}
+    assert kinds == {sft.Linear, sft.Head}
 
 
 def test_a_second_backward_gives_the_gradient_again():
@@ -244,14 +271,18 @@ def test_text_goes_on_after_the_last_position_of_a_video(loaded, rows):
     row = rows[2]
     batch = sft.collate([rows[3], row], 0)  # a text beside it, padded at the end
     assert row["video_grid_thw"].tolist() == [[2, 4, 4]] and row["second_per_grid_ts"].tolist() == [1.0]
-    positions, deltas = loaded[0].model.base_model.get_rope_index(
-        batch["input_ids"], batch["mm_token_type_ids"], attention_mask=batch["attention_mask"],
+    about = lambda batch: loaded[0].model.base_model.get_rope_index(
+        batch["input_ids"], batch["mm_token_type_ids"], attention_mask=batch.get("attention_mask"),
         **{k: batch[k] for k in ("video_grid_thw", "second_per_grid_ts")})
+    positions, _ = about(batch)
     s = row["types"].index(2)
     text = torch.arange(sft.length(row) - s - 8) + s + 5
     assert positions[:, 1, s:s + 8].tolist() == [[s] * 4 + [s + 4] * 4, [s, s, s + 1, s + 1] * 2, [s, s + 1] * 4]
     assert (positions[:, 1, :s] == torch.arange(s)).all() and (positions[:, 1, s + 8:sft.length(row)] == text).all()
     assert (positions[:, 0, :sft.length(rows[3])] == torch.arange(sft.length(rows[3]))).all()
+    batch = sft.collate([rows[3], row], 0, left=True)  # to generate from
+    again, deltas = about(batch)
+    assert (again[:, 1, -sft.length(row):] == positions[:, 1, :sft.length(row)]).all()
     assert deltas.flatten().tolist() == [0, -3]  # 8 tokens took 5 positions
 
 
