@@ -47,7 +47,7 @@ import torch.distributed as dist
 from annotate import Unusable, command_line, messages, read_pairs, swap
 from judge import ConsistencyJudge
 from sft import (HF, Log, as_it_is, barred, begin, checkpoints, collate, end_run, for_vllm, gathered, header, load_policy,
-                 load_processor, make_engine, micro_batches, prompt_length, reduced, resumed, save_checkpoint, save_policy, setup,
+                 load_processor, make_engine, micro_batches, product, prompt_length, reduced, resumed, save_checkpoint, save_policy, setup,
                  start_vllm, to_sample, token_logps, trainer_flags, update)
 from stable_reinforce import ALGORITHMS, KL, advantages, final_reward, format_reward, parse, result_reward, returns_to_go
 
@@ -68,6 +68,9 @@ class VLLM:
     def __init__(self, folder, processor, device, seed=0, tp=1, max_len=4096, memory=0.4):
         self.gpu = device.type == "cuda"
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights stream into this very process
+        if not self.gpu:  # vLLM packs the matrices for a CPU, which would have to be done again in every sync
+            import vllm.model_executor.layers.utils as layers
+            layers.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: setattr(layer, "cpu_linear", product)
         where = dict(gpu_memory_utilization=memory, enable_sleep_mode=True) if self.gpu else {}
         self.llm = start_vllm(folder, max_len, seed=seed, tensor_parallel_size=tp, limit_mm_per_prompt={"image": PICTURES, "video": 1},
                               distributed_executor_backend="external_launcher", max_num_seqs=256, **where)
@@ -95,10 +98,10 @@ class VLLM:
         return [[{"ids": list(o.token_ids), "logps": sampled(o)} for o in out.outputs] for out in outputs]
 
     def weights(self, policy):
-        """(name, tensor) of every parameter, the tied ones twice: without lm_head the sync would succeed and be wrong."""
-        for name, p in policy.model.named_parameters(remove_duplicate=False):
+        """(name, tensor) of every parameter; under ZeRO-3 it is whole until the next one is asked for."""
+        for name, p in policy.model.named_parameters():
             with gathered([p]):
-                yield name, p.data.clone() if hasattr(p, "ds_id") else p.data  # a gathered weight is gone when vLLM comes to use it
+                yield name, p.data
 
     def reset(self):
         """Forget what was computed with the old weights: prefixes, processed images, and the vision tower's features."""
@@ -109,7 +112,9 @@ class VLLM:
     def sync(self, policy):
         if self.gpu:  # vLLM first empties torch's cache: what the trainer has freed is its memory again
             self.llm.wake_up(tags=["weights"])
-        self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=self.weights(policy)))
+        missing, = self.llm.apply_model(lambda model: {n for n, _ in model.named_parameters()} - model.load_weights(self.weights(policy)))
+        if missing:
+            raise RuntimeError(f"the sync did not reach all weights of vLLM's model: {', '.join(sorted(missing))}")
         self.reset()
         if self.gpu:
             self.llm.wake_up(tags=["kv_cache"])

@@ -74,7 +74,7 @@ class TokenLogps(torch.autograd.Function):
     def logits(hidden, weight):
         if hidden.is_cuda and hidden.dtype != torch.float32:  # the sums are float32 inside: keep them, do not round to bfloat16
             return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-        return torch.mm(hidden, weight.T).float()
+        return product(hidden, weight).float()
 
     @staticmethod
     def forward(ctx, hidden, weight, tokens, entropy):  # (N, H), (V, H), (N,)
@@ -116,34 +116,6 @@ class TokenLogps(torch.autograd.Function):
             elif grad_weight is not None:
                 grad_weight.addmm_(d.T.float(), hidden[c].float())
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
-
-
-class Product(torch.autograd.Function):
-    """x @ weight.T + bias by oneDNN. torch asks MKL, which is half as fast on AMD's CPUs: it does not use their AVX-512."""
-
-    @staticmethod
-    def dot(x, weight, bias=None):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):  # (..., I), (O, I), (O,) or None
-        ctx.save_for_backward(x, weight)
-        return Product.dot(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x, weight), (of_x, of_weight, of_bias) = ctx.saved_tensors, ctx.needs_input_grad
-        flat = grad.flatten(0, -2)
-        return (Product.dot(grad, weight.T) if of_x else None, Product.dot(flat.T, x.flatten(0, -2).T) if of_weight else None,
-                flat.sum(0) if of_bias else None)
-
-
-class Linear(torch.nn.Linear):
-    ONEDNN = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-
-    def forward(self, x):
-        fast = self.ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32
-        return Product.apply(x, self.weight, self.bias) if fast else super().forward(x)
 
 
 class Head(torch.nn.Linear):
@@ -400,10 +372,10 @@ def length(row):
 
 def collate(rows, pad, device="cpu", left=False):
     """
-    Rows -> a batch: padded at the end, where no token can see it and attention needs no mask (kernels are faster without), or in
-    front and with one (left), to generate from. Beside the model's inputs: mask (B, R), True where row i has a j-th response token; tokens (N,), those tokens; at (N,) the position in the flattened (B * T) that predicts each;
-    last (B,) that of each row's last token; image_of, video_of: which of the distinct pictures each one is. No rows: two padding
-    tokens and nothing to predict.
+    Rows -> a batch: padded at the end, where no token sees it and attention needs no mask (kernels are faster without), or in front
+    and with one (left), to generate from. Beside the model's inputs: mask (B, R), True where row i has a j-th response token;
+    tokens (N,), those tokens; at (N,) the position in the flattened (B * T) that predicts each; last (B,) that of each row's last
+    token; image_of, video_of: which of the distinct pictures each one is. No rows: two padding tokens and nothing to predict.
     """
     shown = rows or [{"prompt": [pad, pad], "types": [0, 0], "response": []}]
     T, R = max(map(length, shown)), max(len(row["response"]) for row in shown)
@@ -473,14 +445,6 @@ def setup(seed):
     random.seed(seed)
     torch.manual_seed(seed)
     return dist.get_rank(), dist.get_world_size(), device
-
-
-def keep_memory():
-    """What is freed stays with this process: a page that comes back from the system is cleared first, a tenth of a step on a CPU."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # glibc: from the heap what is below 32 MiB, and of its end nothing goes back below 2 GiB
-        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def begin(worker):
@@ -558,6 +522,46 @@ def schedule(step, steps, peak, warmup, kind, floor=0.1):
     done = (step - warmup) / max(1, steps - warmup)
     left = {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[kind]
     return peak * (floor + (1 - floor) * left)
+
+
+# ---------------------------------------------------------------------------------------------------
+# What makes a CPU faster
+
+
+def keep_memory():
+    """What is freed stays with this process: a page that comes back from the system is cleared first, a tenth of a step on a CPU."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc: from the heap what is below 32 MiB, and of its end nothing goes back below 2 GiB
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def product(x, weight, bias=None):
+    """x @ weight.T + bias. On a CPU by oneDNN: torch asks MKL, to which an AMD EPYC is half as fast (results/LOG.md)."""
+    if not x.is_cuda and x.dtype == torch.float32 and torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+class Product(torch.autograd.Function):
+    """product() with a gradient."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):  # (..., I), (O, I), (O,) or None
+        ctx.save_for_backward(x, weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x, weight), (of_x, of_weight, of_bias) = ctx.saved_tensors, ctx.needs_input_grad
+        flat = grad.flatten(0, -2)
+        return (product(grad, weight.T) if of_x else None, product(flat.T, x.flatten(0, -2).T) if of_weight else None,
+                flat.sum(0) if of_bias else None)
+
+
+class Linear(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x) if x.is_cuda else Product.apply(x, self.weight, self.bias)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -204,7 +204,7 @@ def test_attention_is_causal_and_has_no_mask_though_rows_are_padded(loaded, rows
     assert language and all(language) and all(mask is None for _, mask, _ in seen)
 
 
-def test_onednns_product_is_the_matrix_product(loaded):
+def test_the_product_is_the_matrix_product(loaded):
     """Values and gradients, with a bias and without, with each input frozen; every linear layer of a policy makes it."""
     draw = lambda *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
     up = draw(3, 5, 6)
