@@ -418,8 +418,8 @@ def compare(trainer, processor, rows, step, args, device):
     if not mean <= bound_of(device):
         raise RuntimeError(f"step {step}: vLLM and the trainer are not the same policy: their log-probabilities differ by {mean:.2e} "
                            f"on average, {worst:.2e} at most; legal: a mean of {bound_of(device):g}. Likely: weights that did not reach "
-                           "vLLM (tied lm_head, vision tower), features cached before the sync, pictures of another size, another "
-                           "attention kernel or precision")
+                           "vLLM (the vision tower's, say), features cached before the sync, pictures of another size, another attention "
+                           "kernel or precision")
     return {"mismatch": mean, "mismatch_max": worst}
 
 

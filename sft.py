@@ -122,7 +122,7 @@ class Head(torch.nn.Linear):
     """The LM head: logits of hidden states or, told the tokens, their log-probabilities. A module, so that ZeRO-3 gathers its weight."""
 
     def forward(self, hidden, tokens=None, entropy=False):
-        return super().forward(hidden) if tokens is None else TokenLogps.apply(hidden, self.weight, tokens, entropy)
+        return Linear.forward(self, hidden) if tokens is None else TokenLogps.apply(hidden, self.weight, tokens, entropy)
 
 
 def text_after_video(rope_index, input_ids, mm_token_type_ids, *args, attention_mask=None, **grids):
@@ -561,7 +561,7 @@ class Product(torch.autograd.Function):
 
 class Linear(torch.nn.Linear):
     def forward(self, x):
-        return super().forward(x) if x.is_cuda else Product.apply(x, self.weight, self.bias)
+        return (torch.nn.functional.linear if x.is_cuda else Product.apply)(x, self.weight, self.bias)
 
 
 # ---------------------------------------------------------------------------------------------------
