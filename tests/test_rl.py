@@ -191,6 +191,7 @@ def test_the_comparison_passes_and_each_fault_fails_it(world_files, tmp_path, ze
     said = dict(line[7:].rsplit(" ", 1) if "stopped" not in line else line[7:].split(" stopped: ") for line in done.stdout.splitlines() if line.startswith("RESULT"))
     assert said.get("sound") == "True", (done.stdout + done.stderr)[-4000:]
     assert len(said) == 5 and all(v != "True" for k, v in said.items() if k != "sound"), said
+    assert said["no tied head"] == "RuntimeError", said  # the sync itself says what is missing
 
 
 def test_the_gradient_depends_on_the_pixels(world_files):
