@@ -49,7 +49,7 @@ from judge import ConsistencyJudge
 from sft import (HF, Log, as_it_is, barred, begin, checkpoints, collate, end_run, for_vllm, gathered, header, load_policy,
                  load_processor, make_engine, micro_batches, product, prompt_length, reduced, resumed, save_checkpoint, save_policy, setup,
                  start_vllm, to_sample, token_logps, trainer_flags, update)
-from stable_reinforce import ALGORITHMS, KL, advantages, final_reward, format_reward, parse, result_reward, returns_to_go
+from stable_reinforce import ALGORITHMS, KL, TOKEN_REWARDS, average, final_reward, format_reward, parse, result_reward, returns_to_go
 
 PICTURES = 8  # of a prompt, at most
 
@@ -319,24 +319,25 @@ def reduce_sums(sums):
 
 
 def advantages_of(rows, rewards, args):
-    """The algorithm's own; each row gets its adv, (tokens,) or a number. Returns the kept flags."""
-    if args.kl_coef and args.kl == "k1":  # Reinforce++: the penalty is part of each token's reward
-        T = max(len(row["response"]) for row in rows)
-        mask = torch.tensor([[t < len(row["response"]) for t in range(T)] for row in rows])
+    """The algorithm's own; each row gets its adv, (tokens,). Returns the kept flags."""
+    own = {"sigma": args.sigma or None} if args.algo == "stable_reinforce" else {}
+    groups = torch.tensor([row["group"] for row in rows])
+    if args.kl_coef and args.kl == "k1":  # the penalty is part of the reward
+        T = max((len(row["response"]) for row in rows), default=0)
+        mask = torch.tensor([[t < len(row["response"]) for t in range(T)] for row in rows], dtype=torch.bool).view(len(rows), T)
         penalty = padded([KL["k1"](row["old"], row["reference"]) for row in rows], mask)
-        adv, kept = advantages(returns_to_go(rewards, penalty, mask, args.kl_coef), args.sigma or None, reduce_sums, mask=mask)
-        kept = (kept | ~mask).all(1)
-    elif args.algo == "stable_reinforce":
-        adv, kept = advantages(rewards, args.sigma or None, reduce_sums)
-    else:
-        adv, kept = ALGORITHMS[args.algo][0](rewards, torch.tensor([row["group"] for row in rows]), reduce_sums)
+        if args.algo in TOKEN_REWARDS:  # Reinforce++: of each token's
+            rewards, own = returns_to_go(rewards, penalty, mask, args.kl_coef), own | {"mask": mask}
+        else:
+            rewards = rewards - args.kl_coef * penalty.sum(1)
+    adv, kept = ALGORITHMS[args.algo][0](rewards, groups, reduce_sums, **own)
     for row, a in zip(rows, adv):
         row["adv"] = a[:len(row["response"])] if a.dim() else a.expand(len(row["response"]))
-    return kept
+    return kept.all(1) if kept.dim() == 2 else kept  # a judgement that loses one token counts as filtered
 
 
 def loss_function(args):
-    """(loss(logp, old, adv, mask, norm=), what norm counts)."""
+    """(loss(logp, old, adv, mask, norm=), its mean, see average())."""
     _, loss, mean = ALGORITHMS[args.algo]
     options = {"stable_reinforce": dict(clip=args.clip or None, eps=args.eps, eps_high=args.eps_high),
                "dr_grpo": dict(eps=args.eps, max_tokens=args.max_new_tokens),
@@ -351,7 +352,7 @@ def train_step(engine, rows, args, pad, device, lr, sums, top):
     loss, mean = loss_function(args)
     # the normalisers: response tokens, or judgements, of the mini-batch on ALL ranks
     tokens, count = reduced([sum(len(row["response"]) for row in rows), len(rows)])
-    norm = max(1.0, count if mean == "sequences" else tokens)
+    norm = max(1.0, tokens if mean == "tokens" else count)
 
     def loss_of(batch):
         inputs = collate(batch, pad, device)
@@ -362,12 +363,12 @@ def train_step(engine, rows, args, pad, device, lr, sums, top):
         old, adv = (padded([row[k] for row in batch], mask) for k in ("old", "adv"))
         if args.tis:  # truncated importance weights: vLLM sampled, the trainer differentiates
             adv = adv * (old - padded([torch.tensor(row["sampled"]) for row in batch], mask)).exp().clamp_max(args.tis)
-        if args.algo == "topr":  # it weighs whole judgements: their first token's A is every token's
-            adv = adv[:, 0]
+        if args.algo == "topr":  # it weighs whole judgements, whose tokens all have the same A
+            adv = torch.tensor([float(row["adv"][0]) for row in batch], device=device)
         value, stats = loss(logp, old, adv, mask, norm=norm)
         if args.kl_coef and args.kl != "k1":
             penalty = KL[args.kl](logp, padded([row["reference"] for row in batch], mask))
-            value = value + args.kl_coef * torch.where(mask, penalty, 0.0).sum() / max(1.0, tokens)
+            value = value + args.kl_coef * average(penalty, mask, mean, norm, args.max_new_tokens)  # averaged as the loss is
         n = int(stats["tokens"])
         for name, v in (stats | {"tokens": 1, "entropy": entropy.sum() / max(1, n)}).items():
             if name.endswith("_max"):
@@ -498,6 +499,11 @@ def validate(args, world):
                        f"divides the ranks, and ranks / tp{' * 2 orders' if args.both_orders else ''} divides the batch")
     if args.clip and args.clip <= 1 or args.sigma < 0:
         raise Unusable(f"--clip is {args.clip}, --sigma {args.sigma}; legal: clip above 1, sigma above 0, each 0 for off")
+    if args.tis and args.algo == "topr":
+        raise Unusable("--tis weighs single tokens, --algo topr whole judgements; use --old_logps vllm, with which TOPR's own weight is "
+                       "that of the trainer against vLLM")
+    if args.eps_high is not None and args.algo not in ("stable_reinforce", "dapo", "cispo"):
+        raise Unusable(f"--eps_high means nothing to --algo {args.algo}; expected with stable_reinforce, dapo or cispo")
     if args.engine == "hf" and (args.tis or args.old_logps == "vllm" or args.check):
         raise Unusable("--tis, --old_logps vllm and --check compare with vLLM's log-probabilities; legal: with --engine vllm")
     if args.engine == "hf" and args.zero == 3:
@@ -528,7 +534,7 @@ def loop_flags(p):
     add("--eps", type=float, default=0.2, help="PPO's clip (0.2 in the paper)")
     add("--eps_high", type=float, help="its upper side, for stable_reinforce, dapo, cispo; none = as --eps, or the algorithm's own")
     add("--kl_coef", type=float, default=0.0, help="of a KL penalty towards --model (0 in the paper); 0 = no reference model")
-    add("--kl", choices=list(KL), default="k3", help="its estimator: k1 in the reward, k2 and k3 in the loss")
+    add("--kl", choices=list(KL), default="k3", help="its estimator: k1 in the reward, before the algorithm's own advantages; k2, k3 in the loss")
     add("--tis", type=float, default=0.0, help="truncated importance weights min(trainer / vLLM, this) on each token; 0 = off")
     add("--old_logps", choices=["trainer", "vllm"], default="trainer", help="vllm: take the sampler's, and save a forward pass")
     add = p.add_argument_group("optimisation").add_argument

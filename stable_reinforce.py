@@ -198,14 +198,13 @@ def pre_clip(log_ratio, delta=1e3):
     return log_ratio.clamp(-math.log(delta), math.log(delta))
 
 
-def policy_loss(logp, logp_old, adv, mask, clip=1e3, eps=0.2, norm=None, eps_high=None, mean="tokens"):
+def policy_loss(logp, logp_old, adv, mask, clip=1e3, eps=0.2, norm=None, eps_high=None, mean="tokens", max_tokens=1024):
     """
     StableReinforce: -(1/norm) sum_t min(rho A, clip(rho, 1 - eps, 1 + eps_high) A), rho = exp(pre_clip(logp - logp_old)).
 
     logp, logp_old, mask (B, T); adv (B,) or (B, T); clip = delta of the pre-clip, None: off, which is PPO's loss.
-    mean="tokens": norm counts the response tokens; mean="sequences": each judgement is averaged over its own tokens
-    and norm counts the judgements. norm=None counts those given here; a trainer passes the count over the whole global
-    batch, and then micro-batches and ranks add up to the loss of the whole. Padding may hold anything, NaN too.
+    mean: how tokens are averaged, see average(). norm=None counts those given here; a trainer passes the count over the
+    whole global batch, and then micro-batches and ranks add up to the loss of the whole. Padding may hold anything, NaN too.
 
     >>> logp, old = torch.full((1, 4), -.1), torch.tensor([[-10., -.2, -.2, -5.]])    # section 2.1, four tokens
     >>> adv, token = torch.tensor([[-1., -1., .5, -.5]]), torch.eye(4)[:, None]
@@ -222,7 +221,10 @@ def policy_loss(logp, logp_old, adv, mask, clip=1e3, eps=0.2, norm=None, eps_hig
     ratio = pre_clip(diff.detach(), clip).exp()  # of every token: for the statistics
     stats = _stats(diff, ratio, mask, clip, (ratio < low) & (adv < 0), (ratio > high) & (adv > 0))
     stats["token_loss_max"] = torch.cat([gain.new_zeros(1), -gain.detach().flatten()]).max()  # |A| delta at most, with a pre-clip
-    return -_average(gain, mask, mean, norm), stats
+    return -average(gain, mask, mean, norm, max_tokens), stats
+
+
+MEANS = ("tokens", "sequences", "sums", "constant")
 
 
 def normaliser(mask, mean="tokens"):
@@ -233,16 +235,32 @@ def normaliser(mask, mean="tokens"):
     >>> normaliser(m).item(), normaliser(m, "sequences").item()
     (4, 2)
     """
-    if mean not in ("tokens", "sequences"):
-        raise ValueError(f"mean is {mean!r}; legal: 'tokens' or 'sequences'")
-    return mask.bool().sum() if mean == "tokens" else mask.bool().any(1).sum()
+    if mean not in MEANS:
+        raise ValueError(f"mean is {mean!r}; expected one of {', '.join(MEANS)}")
+    if mean == "tokens":
+        return mask.bool().sum()
+    return mask.bool().any(1).sum()
 
 
-def _average(x, mask, mean, norm):
-    """Sum over tokens, or over the judgements' own means, divided by norm; x is 0 on padding. No tokens and norm=None: 0."""
-    norm = normaliser(mask, mean).clamp_min(1) if norm is None else norm
+def average(x, mask, mean="tokens", norm=None, max_tokens=1024):
+    """
+    One number of a value a token, x (B, T). norm counts what normaliser() counts; None: those given here.
+      tokens     the mean over all tokens
+      sequences  the mean of each judgement, then over judgements (GRPO)
+      sums       the sum of each judgement, then the mean over judgements (RLOO, TOPR)
+      constant   as sums, and divided by max_tokens (Dr. GRPO)
+
+    >>> x, mask = torch.ones(2, 4), torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]])
+    >>> [average(x, mask, mean, max_tokens=4).item() for mean in MEANS]    # 5/5, (4/4 + 1/1)/2, 5/2, 5/(2 * 4)
+    [1.0, 1.0, 2.5, 0.625]
+    """
+    count = normaliser(mask, mean)
+    norm = count.clamp_min(1) if norm is None else norm
+    x = torch.where(mask.bool(), x, 0.0)
     if mean == "sequences":
         x = x / mask.sum(1, keepdim=True).clamp_min(1)  # (B, T) a judgement's tokens share the weight 1
+    if mean == "constant":
+        x = x / max_tokens
     return x.sum() / norm
 
 
@@ -305,11 +323,14 @@ def kl_k2(logp, logp_ref):
 def kl_k3(logp, logp_ref):
     """
     rho - 1 - log rho: unbiased, never negative (GRPO's choice); as a loss its expected gradient is that of KL(ref || pi).
+    log rho is held at 20 or less: a token that the reference finds e^20 times likelier adds a constant 4.9e8 and no gradient,
+    where exp would overflow from 89 on.
 
     >>> round(kl_k3(torch.tensor([-1.]), torch.tensor([-1.5])).item(), 5)
     0.10653
     """
-    return torch.expm1(logp_ref - logp) - (logp_ref - logp)  # expm1: near 0, exp(x) - 1 is rounding noise
+    log_rho = (logp_ref - logp).clamp_max(20.0)
+    return torch.expm1(log_rho) - log_rho  # expm1: near 0, exp(x) - 1 is rounding noise
 
 
 KL = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
@@ -332,12 +353,13 @@ def returns_to_go(rewards, kl, mask, beta):
     return torch.where(mask.bool(), rewards[:, None] - beta * kl.flip(1).cumsum(1).flip(1), 0.0)
 
 
-def group_advantages(rewards, groups, kind="grpo"):
+def group_advantages(rewards, groups, kind="grpo", floor=1e-4):
     """
     Rewards against the others of the same prompt; groups (B,) holds the prompt's number. Returns (A, kept), all kept.
-      grpo     (r - mean) / (std + 1e-8); population std, ours                    arXiv:2402.03300
+      grpo     (r - mean) / (std + floor); population std, ours                   arXiv:2402.03300
       dr_grpo  r - mean: else prompts that are too easy or too hard weigh more    arXiv:2503.20783
       rloo     r - mean of the OTHERS = (r - mean) n / (n - 1); needs n >= 2      arXiv:2402.14740
+    The floor of 1e-4 keeps real-valued rewards that differ by rounding from becoming advantages of 1; rewards of 0, 0.5, ... do not feel it.
 
     >>> r, g = torch.tensor([1., 0., 0., 3., 3.]), torch.tensor([7, 7, 7, 9, 9])
     >>> [[round(a, 3) for a in group_advantages(r, g, kind)[0].tolist()] for kind in ("dr_grpo", "rloo")]
@@ -354,7 +376,7 @@ def group_advantages(rewards, groups, kind="grpo"):
     left = rewards.double() - mean(rewards.double())
     adv = left - mean(left)  # exactly 0 in a group of equal rewards
     if kind == "grpo":
-        adv = adv / (mean(adv.square()).sqrt() + 1e-8)
+        adv = adv / (mean(adv.square()).sqrt() + floor)
     if kind == "rloo":
         adv = adv * (n / (n - 1))[group]
     return adv.to(torch.promote_types(rewards.dtype, torch.float32)), torch.ones_like(adv, dtype=torch.bool)
@@ -362,8 +384,9 @@ def group_advantages(rewards, groups, kind="grpo"):
 
 def ppo_loss(logp, logp_old, adv, mask, eps=0.2, norm=None):
     """
-    PPO (arXiv:1707.06347) and Reinforce++: StableReinforce's loss without the pre-clip. Where the ratio overflows, the
-    gradient is NaN (0 * inf in the backward pass), as it is in the released PPO losses: left so, the paper compares with it.
+    PPO (arXiv:1707.06347) and Reinforce++: StableReinforce's loss without the pre-clip. A ratio that overflows makes the
+    gradient NaN where A > 0 (the clipped branch is taken, and its backward pass has 0 * inf) and infinite where A < 0, as in
+    the released PPO losses: left so, since the paper compares with it.
 
     >>> round(ppo_loss(torch.tensor([[-.1]]), torch.tensor([[-10.]]), torch.tensor([-1.]), torch.ones(1, 1))[0].item(), 1)
     19930.4
@@ -390,8 +413,7 @@ def dr_grpo_loss(logp, logp_old, adv, mask, eps=0.2, norm=None, max_tokens=1024)
     >>> dr_grpo_loss(logp, logp, torch.tensor([1., -1.]), mask, max_tokens=4)[0].item()    # -(4 - 1) / (2 * 4)
     -0.375
     """
-    norm = normaliser(mask, "sequences").clamp_min(1) if norm is None else norm
-    return policy_loss(logp, logp_old, adv, mask, None, eps, norm * max_tokens)
+    return policy_loss(logp, logp_old, adv, mask, None, eps, norm, mean="constant", max_tokens=max_tokens)
 
 
 def dapo_loss(logp, logp_old, adv, mask, eps=0.2, eps_high=0.28, norm=None):
@@ -419,7 +441,7 @@ def cispo_loss(logp, logp_old, adv, mask, eps=None, eps_high=4.0, norm=None):
     ratio = diff.detach().exp()  # (B, T) may overflow to inf, which clamps as well as any number
     stats = _stats(diff, ratio, mask, None, ratio < low, ratio > high)
     gain = ratio.clamp(low, high) * adv * torch.where(mask, logp.to(diff.dtype), 0.0)
-    return -_average(gain, mask, "tokens", norm), stats
+    return -average(gain, mask, "tokens", norm), stats
 
 
 def topr_loss(logp, logp_old, adv, mask, norm=None):
@@ -437,7 +459,7 @@ def topr_loss(logp, logp_old, adv, mask, norm=None):
     whole = diff.detach().sum(1, keepdim=True)  # (B, 1) log of the sequence's ratio
     weight = torch.where(adv < 0, whole.clamp_max(0).exp(), 1.0)  # (B, T) min before exp: never overflows
     stats = _stats(diff, diff.detach().exp(), mask, None, torch.zeros_like(mask), (adv < 0) & (whole > 0))
-    return _sequence_loss(weight * adv, logp, mask, norm), stats
+    return -average(weight * adv * torch.where(mask, logp.to(adv.dtype), 0.0), mask, "sums", norm), stats
 
 
 def rloo_loss(logp, logp_old, adv, mask, norm=None):
@@ -449,31 +471,27 @@ def rloo_loss(logp, logp_old, adv, mask, norm=None):
     """
     diff, adv, mask = _inputs(logp, logp_old, adv, mask)
     stats = _stats(diff, diff.detach().exp(), mask, None, torch.zeros_like(mask), torch.zeros_like(mask))
-    return _sequence_loss(adv, logp, mask, norm), stats
-
-
-def _sequence_loss(weight, logp, mask, norm):
-    """-(1/norm) sum over judgements of weight * log-probability of the whole judgement."""
-    norm = normaliser(mask, "sequences").clamp_min(1) if norm is None else norm
-    return -(weight * torch.where(mask, logp.to(weight.dtype), 0.0)).sum() / norm
+    return -average(adv * torch.where(mask, logp.to(adv.dtype), 0.0), mask, "sums", norm), stats
 
 
 def _batch(**options):  # the batch's statistics: groups are not looked at
-    return lambda rewards, groups=None, reduce=None: advantages(rewards, reduce=reduce, **options)
+    return lambda rewards, groups=None, reduce=None, **more: advantages(rewards, reduce=reduce, **options | more)
 
 
 def _group(kind):  # the prompt's statistics: a group stays on one rank, so nothing is reduced
     return lambda rewards, groups, reduce=None: group_advantages(rewards, groups, kind)
 
 
-ALGORITHMS = {  # name: (advantages(rewards, groups, reduce) -> (A, kept), loss(logp, logp_old, A, mask, norm=), what norm counts)
+ALGORITHMS = {  # name: (advantages(rewards, groups, reduce) -> (A, kept), loss(logp, logp_old, A, mask, norm=), its average())
     "stable_reinforce": (_batch(), policy_loss, "tokens"),
     "reinforce++": (_batch(sigma=None), ppo_loss, "tokens"),
     "ppo": (_batch(sigma=None, scale=False), ppo_loss, "tokens"),  # the batch mean stands where PPO has a critic
     "grpo": (_group("grpo"), grpo_loss, "sequences"),
-    "dr_grpo": (_group("dr_grpo"), dr_grpo_loss, "sequences"),
-    "rloo": (_group("rloo"), rloo_loss, "sequences"),
+    "dr_grpo": (_group("dr_grpo"), dr_grpo_loss, "constant"),
+    "rloo": (_group("rloo"), rloo_loss, "sums"),
     "dapo": (_group("grpo"), dapo_loss, "tokens"),
     "cispo": (_group("grpo"), cispo_loss, "tokens"),
-    "topr": (_batch(sigma=None, scale=False), topr_loss, "sequences"),
+    "topr": (_batch(sigma=None, scale=False), topr_loss, "sums"),
 }
+# where a KL penalty k1 may stand at each token's own place; with the others its sum over the judgement is taken from the reward
+TOKEN_REWARDS = ("stable_reinforce", "reinforce++", "ppo")

@@ -176,6 +176,25 @@ def test_chunks_give_the_log_probabilities_the_entropy_and_the_gradient_of_all_l
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
 
 
+def test_logits_of_any_size_have_log_probabilities():
+    """The softmax is shifted by its maximum: exp(1e4) overflows."""
+    hidden = torch.tensor([[1e4, 0.0], [-1e4, 0.0]], requires_grad=True)
+    weight = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
+    logp, entropy = sft.TokenLogps.apply(hidden, weight, torch.tensor([0, 0]), True)
+    logp.sum().backward()
+    assert logp.tolist() == [0.0, -1e4] and entropy.tolist() == [0.0, 0.0]
+    assert hidden.grad.tolist() == [[0.0, 0.0], [1.0, -1.0]] and weight.grad.isfinite().all()
+
+
+def test_a_reward_head_reads_the_last_token(place):
+    """Two responses that differ in their last token alone: read at the token before, they would have one score."""
+    policy, processor = sft.load_policy(place / "base", "scalar"), sft.load_processor(place / "base")
+    row = sft.encode(processor, messages(read_pairs(place / "pairs.jsonl", 1)[0]), "the answer is 1")
+    other = row | {"response": [*row["response"][:-1], row["response"][0]]}
+    scores = policy(sft.collate([row, other, row], processor.tokenizer.pad_token_id))["score"]
+    assert scores[0] == scores[2] and (scores[0] - scores[1]).abs() > 1e-4
+
+
 def test_the_tower_looks_once_at_a_picture_that_several_samples_have(loaded, rows):
     """Same log-probabilities and gradient as with a copy of the pictures for every sample."""
     policy, looked, results = loaded[0], [], []
