@@ -1,7 +1,10 @@
-# make setup   a virtual environment in .venv, for the GPU if there is one, else for the CPU
-# make toy     the whole pipeline on the toy world, two CPU cores, about twelve minutes
-# make test    every test
-# make bench   speed beside what one would use instead, into results/bench.md, about 13 minutes; fetches TRL into out/trl/.venv (5 GB)
+# make setup      a virtual environment in .venv, for the GPU if there is one, else for the CPU
+# make toy        the whole pipeline on the toy world, two CPU cores, about 14 minutes
+# make test       every test
+# make test-fast  the tests that start no vLLM and train nothing in a process of its own
+# make lint       the form of the code: ruff format and ruff check, see pyproject.toml
+# make bench      speed next to what one would use instead, into results/bench.md, about 13 minutes;
+#                 fetches TRL into out/trl/.venv (5 GB)
 # Needs Python 3.11 or newer and make, nothing else. make setup PYTHON=/path/to/python chooses another Python.
 
 VENV ?= .venv
@@ -10,13 +13,22 @@ ifndef PYTHON
 PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do $$p -c '$(RIGHT)' 2>/dev/null && echo $$p && exit; done; echo python3)
 endif
 
-.PHONY: setup test toy bench
+.PHONY: setup test test-fast lint toy bench
 
 toy: setup
 	toy/run.sh
 
+# Two files at a time, for two cores. Tests start processes of their own: with more threads each they
+# only get in each other's way.
 test: setup
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q  # tests start processes of their own: more threads each only get in the way
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist loadfile
+
+test-fast: setup
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -m "not slow"
+
+lint: setup
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
 
 # One thread a process, so that a number says the same on every machine. Where TRL cannot be fetched its column stays empty. After
 # make toy there is a judge that reasons; toy/base just answers.

@@ -1,945 +1,598 @@
 """
-Stage 1: preference sets -> pairs; an MLLM judges each pair, up to 3 attempts -> R1-Reward-200K (section 3.2, Tables 1 and 2).
+Stage 1: from preference data to R1-Reward-200K (section 3.2, Tables 1 and 2).
 
-  collect    every source of Table 2, in the files it has on the hub; a row that makes no pair is dropped and counted by reason
-  mix        all of MM-RLHF and 100,000 of the others, shuffled; answers 1 and 2 are the better one equally often; no pair twice
-  annotate   the MLLM judges a pair until its verdict is the ground truth, at most 3 times; how often it had to is the difficulty
-  write      all pairs; for SFT the solved ones with their reasoning; for RL those of 2 or 3 attempts and the failed ones; a report
+  1. collect    read every source of Table 2, in the files it has on the hub; count the rows that
+                make no pair, by reason
+  2. mix        take all of MM-RLHF and 100,000 of the others, shuffle them, and show the better
+                response first in half of the pairs; no pair twice
+  3. annotate   ask an MLLM for a judgement until its verdict is the ground truth, at most 3 times;
+                the number of attempts is the pair's difficulty
+  4. write      all pairs; for SFT the solved ones, with their judgements; for RL those that took 2
+                or 3 attempts and those that failed; a report
 
-Where the paper is silent, or differs:
-1) attempt k is sent with seed k - 1. At temperature 0 an endpoint that repeats itself exactly (vLLM) makes the same mistake three
-   times; --temperature 0.7, say, makes attempts differ
-2) VLFeedback: one pair a prompt, the best answer against the worst by the mean of the three ratings
-3) WildVision-Battle: a later turn's question holds what was said before; rows whose models were told different things are dropped
-4) pictures first, then the text (the released RL set has the text first), as in evaluation. Pictures above --max_pixels are
-   sent smaller, the others as they are; of a video --max_frames evenly spaced frames are sent
-5) "no pair twice": same question, same two answers in either order, same pictures by their pixels; of two, MM-RLHF's stays
-6) --decontaminate: 864 of VL-RewardBench's 1,250 rows come from the training sources; the paper does not speak of it. Off by default
-7) --both_orders: each pair also swapped, annotated apart; "contradicted": true marks a pair whose every verdict is wrong in both
-   orders, as the label may be what is wrong
-8) --mode critique: a critique of each single answer, for the critic of Table 5 (sft.py --head critic); the prompt is ours
+Where the paper says nothing, or this differs from it:
+1) Attempt k is sent with seed k - 1. At temperature 0 a server that repeats itself exactly (vLLM)
+   makes the same mistake three times; with, say, --temperature 0.7 the attempts differ.
+2) VLFeedback: one pair a prompt, the best response against the worst by the mean of the ratings.
+3) WildVision-Battle: the question of a later turn contains the earlier turns; rows whose two models
+   had different earlier turns are dropped.
+4) Pictures come first, then the text (the released RL set has the text first), as in evaluation.
+   Pictures above --max_pixels are sent smaller; of a video, --max_frames evenly spaced frames.
+5) "No pair twice": same question, same two responses in either order, same pixels. Of two such
+   pairs, MM-RLHF's is kept.
+6) --decontaminate: 864 of VL-RewardBench's 1,250 rows come from the training sources, which the
+   paper does not mention. Off by default.
+7) --both_orders: each pair is also annotated with its responses swapped. "contradicted": true marks
+   a pair whose every verdict is wrong in both orders; its label may be the error.
+8) --mode critique: a critique of each response, for the critic of Table 5 (sft.py --head critic),
+   with a prompt of ours.
 
-The toy, 6,000 pairs from seven sources; the stand-in annotator runs in another terminal:
+The toy: 6,000 pairs from seven sources. The stand-in for the annotator runs in another terminal:
 $ python toy/sources.py --out out/toy/data --seed 0
 $ python toy/server.py --key out/toy/data/key.jsonl --port 8010
 $ python annotate.py @toy/annotate.args
-The paper's set by gpt-4o, key in OPENAI_API_KEY; POVID's pictures are COCO's: put train2014 into its folder (not yet run at this scale):
-$ python annotate.py --data RLAIF-V=data/RLAIF-V-Dataset VLFeedback=data/VLFeedback POVID=data/POVID \
-    WildVision-Battle=data/wildvision-battle MM-RLHF=data/MM-RLHF --out out/annotate --concurrency 64
-Your own pairs {"prompt", "chosen", "rejected", "image": path or none}, any OpenAI-compatible server:
-$ python annotate.py --data pairs=mine.jsonl --base_url http://localhost:8000/v1 --model Qwen/Qwen2.5-VL-7B-Instruct --price 0 0
+The paper's data, annotated by gpt-4o with the key in OPENAI_API_KEY (not yet run at this scale).
+POVID's pictures are COCO's: put train2014 into its folder.
+$ python annotate.py --data RLAIF-V=data/RLAIF-V-Dataset VLFeedback=data/VLFeedback \\
+    POVID=data/POVID WildVision-Battle=data/wildvision-battle MM-RLHF=data/MM-RLHF \\
+    --out out/annotate --concurrency 64
+Your own pairs {"prompt", "chosen", "rejected", "image"}, and any OpenAI-compatible server:
+$ python annotate.py --data pairs=mine.jsonl --base_url http://localhost:8000/v1 \\
+    --model Qwen/Qwen2.5-VL-7B-Instruct --price 0 0
 
-Stop it at will, Ctrl-C or kill -9; the same command goes on, and no reply is paid for twice.
-Reads   the sources (SOURCES below), local or from the hub. URLs inside the data are never fetched. Each picture is decoded once, to
-        find those that are cut off: 5 ms for a JPEG of 512 x 512, 20 ms for 1024 x 1024, on each of up to 16 cores
-Writes  pairs.jsonl, sft.jsonl, rl.jsonl, report.md and report.png under --out, the same bytes however often it was stopped; beside
-        them mix.jsonl, dropped.jsonl, journal.jsonl (every reply) and images/ (pictures that lay inside parquet files)
+Stop it at any time, with Ctrl-C or kill -9: the same command continues, and no reply is paid twice.
+Reads   the data sets of sources/, from disk or the hub. URLs inside the data are never fetched.
+        Each picture is decoded once, to find damaged files: 5 ms for a JPEG of 512 x 512, 20 ms for
+        one of 1024 x 1024, on each of up to 16 cores.
+Writes  to --out: pairs.jsonl, sft.jsonl, rl.jsonl, report.md and report.png, the same bytes however
+        often it was stopped; also mix.jsonl, dropped.jsonl, journal.jsonl (every reply) and images/
+        (the pictures out of parquet files).
 """
+
 import argparse
 import asyncio
-import base64
-import contextlib
-import fcntl
 import hashlib
-import io
 import json
-import os
-import random
-import re
-import shlex
 import shutil
 import statistics
-import time
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
-from email.utils import parsedate_to_datetime
-from functools import lru_cache
-from itertools import chain, count, islice
+from dataclasses import dataclass, replace
 from pathlib import Path
-from urllib.parse import urlparse
 
+from core import files, flags, pairs
+from core.endpoint import Endpoint, NoReply, to_openai
+from core.files import InputError
+from core.flags import at_least
+from core.tables import markdown_table
+from sources import TRAINING
+from sources.collecting import collect_source, download
+from sources.duplicates import benchmark_keys, usable_pairs
 from stable_reinforce import parse
 
 ATTEMPTS = 3  # section 3.2
-SETS = {"pairs": (1, 2, 3, 4, None), "sft": (1, 2, 3), "rl": (2, 3, 4)}  # file: the attempts of the pairs in it (section 3.2)
+SETS = {  # file -> attempts of the pairs in it (section 3.2); 4: all failed, None: no answer
+    "pairs": (1, 2, 3, 4, None),
+    "sft": (1, 2, 3),
+    "rl": (2, 3, 4),
+}
 SWAPPED = "#swapped"  # ends the id of a pair in its second order
+MIX_FLAGS = "data", "seed", "others", "limit", "both_orders", "decontaminate"
+# the flags that a reply depends on
+REPLY_FLAGS = "mode", "model", "temperature", "max_tokens", "max_pixels", "max_frames", "request"
 
 
-class Unusable(ValueError):
-    """An input that its owner has to mend; main() prints it without a traceback."""
+# ------------------------------------------------------------------------------------------------
+# 1. Collect
 
 
-# ---------------------------------------------------------------------------------------------------
-# The pair: what flows from here to evaluate.py
-
-# Table 1 of the paper.
-JUDGING_PROMPT = """You are a highly skilled and impartial evaluator tasked with comparing two responses generated by a Large Multimodal Model for a given question.
-
-- Start with a thorough, side-by-side comparative analysis enclosed within <think> and </think> tags. A tie is not permitted; you must choose a better option.
-- Conclude with a single numeric choice enclosed within <answer> and </answer> tags:
-- Output "1" if Response 1 is better; Output "2" if Response 2 is better.
-
-Input
-
-[Question]: {question}; [Response 1]: {answer1}; [Response 2]: {answer2}
-
-Output Format (strictly follow)
-
-<think>Your detailed comparative analysis</think><answer>1/2</answer>"""
-
-# Ours: the paper has GPT-4o write an evaluation of each response and prints no prompt.
-CRITIQUE_PROMPT = """You are a careful evaluator of a response that a Large Multimodal Model gave to a question.
-
-[Question]: {question}; [Response]: {answer}
-
-Write a short critique of the response: what of it is right, what is wrong or missing, and how helpful it is. Give no score."""
-
-paths = lambda v: isinstance(v, list) and all(isinstance(p, str) and p for p in v)
-PAIR = {  # field: (what is legal, the check)
-    "id": ("a non-empty string", lambda v: isinstance(v, str) and v != ""),
-    "source": ("a string", lambda v: isinstance(v, str)),
-    "question": ("a string", lambda v: isinstance(v, str)),
-    "images": ("a list of paths, [] for none", paths),
-    "video": ("null or a non-empty list of the frames' paths", lambda v: v is None or paths(v) and v != []),
-    "responses": ("a list of two strings that are not empty",
-                  lambda v: isinstance(v, list) and len(v) == 2 and all(isinstance(r, str) and r.strip() for r in v)),
-    "choice": ("1 or 2, the better response", lambda v: type(v) is int and v in (1, 2)),
-    "attempts": ("1, 2, 3, 4 (all three failed) or null (not asked)", lambda v: v is None or type(v) is int and v in (1, 2, 3, 4)),
-    "annotation": ("a string or null", lambda v: v is None or isinstance(v, str)),
-}
-
-
-def check_pair(row, where):
-    """A row of JSON -> a pair, or a ValueError that says where, what is wrong and what is legal. Other fields are kept."""
-    if not isinstance(row, dict):
-        raise Unusable(f"{where} is {type(row).__name__}; legal: an object with {', '.join(PAIR)}")
-    for field, (legal, check) in PAIR.items():
-        if field not in row:
-            raise Unusable(f"{where} has no {field!r}; legal: {legal}")
-        if not check(row[field]):
-            raise Unusable(f"{where}: {field!r} is {json.dumps(row[field], default=repr)[:200]}; legal: {legal}")
-    return row
-
-
-def swap(pair):
+def collect(data, out):
     """
-    The same pair with its answers in the other order; swapped twice it is itself.
+    Reads each source into a file of its pairs and of the reasons why other rows make none.
 
-    >>> swap({"responses": ["a", "b"], "choice": 1})
-    {'responses': ['b', 'a'], 'choice': 2}
+    Returns the files. One that an earlier run finished is not read again.
     """
-    return pair | {"responses": pair["responses"][::-1], "choice": 3 - pair["choice"]}
-
-
-def turn(pair, text):
-    """One user turn: images, then video frames, then text. Parts are as qwen-vl-utils and Qwen's chat template read them."""
-    media = [{"type": "image", "image": path} for path in pair["images"]]
-    media += [{"type": "video", "video": pair["video"]}] if pair["video"] else []
-    return [{"role": "user", "content": media + [{"type": "text", "text": text}]}]
-
-
-def messages(pair, order=0):
-    """
-    The one layout in which every stage shows a pair: its pictures, then the text of Table 1. order 1 shows the answers swapped.
-
-    >>> pair = {"question": "Q", "images": ["a.png"], "video": None, "responses": ["x", "y"]}
-    >>> [part["type"] for part in messages(pair)[0]["content"]], "[Response 1]: y;" in messages(pair, 1)[0]["content"][1]["text"]
-    (['image', 'text'], True)
-    """
-    first, second = pair["responses"][::-1] if order else pair["responses"]
-    return turn(pair, JUDGING_PROMPT.format(question=pair["question"], answer1=first, answer2=second))
-
-
-def loads(text, where, legal="one JSON object a line"):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as problem:
-        raise Unusable(f"{where} is no JSON ({problem}); legal: {legal}. Is the file cut off?") from None
-
-
-def located_lines(path):
-    """(offset in bytes, where, object) of each line of a JSONL file."""
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            where = f"{path}, line {number}"
-            if not line.strip():
-                raise Unusable(f"{where} is empty; legal: one JSON object a line")
-            yield lines.tell() - len(line), where, loads(line, where)
-
-
-def each_pair(path):
-    """The pairs of a JSONL file one by one, the paths in them joined to its folder."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; legal: a JSONL file of pairs, as annotate.py writes")
-    for _, where, row in located_lines(path):
-        pair = check_pair(row, where)
-        for field in ("images", "video"):
-            pair[field] = pair[field] and [os.path.join(path.parent, p) for p in pair[field]]
-        yield pair
-
-
-def read_pairs(path, limit=None):
-    """All pairs of a JSONL file; limit = the first so many."""
-    return list(islice(each_pair(path), limit))
-
-
-@contextlib.contextmanager
-def whole(path, ending=".part"):
-    """A file to write bytes to that appears under its name whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(path.name + ending).open("wb") as part:
-        yield part
-    os.replace(part.name, path)
-
-
-def write_pairs(path, pairs):
-    """The opposite of read_pairs: paths become relative to the file's folder. The file appears whole or not at all."""
-    path = Path(path)
-    with whole(path) as file:
-        for i, pair in enumerate(pairs):
-            row = dict(check_pair(pair, f"pair {i} of {path}"))
-            for field in ("images", "video"):
-                row[field] = row[field] and [os.path.relpath(p, path.parent) for p in row[field]]
-            line = json.dumps(row, ensure_ascii=False) + "\n"
-            file.write(line.encode(errors="backslashreplace"))  # half a surrogate pair becomes JSON's \udXXX
-        file.flush()
-        os.fsync(file.fileno())
-
-
-# ---------------------------------------------------------------------------------------------------
-# 1. Collect: rows of the sources -> out/read/*.jsonl, a file a source, each written once; pictures inside parquet become files.
-# A function for each source makes of a row what was found: {id, question, responses (the better one first), images (paths or
-# bytes) or video (paths of frames)}, where a picture that is not there is None; or {drop: the reason to drop the row}.
-
-
-def locate(folder, name, *below):
-    """
-    The file that a row names: under folder or its subfolders `below`, by the longest end of the name that is there; so a path
-    on another machine's disk is found by its last parts. None: nowhere. A URL stays what it is; of a parquet cell with bytes those.
-    """
-    if isinstance(name, dict):  # a parquet cell {bytes, path}
-        return locate(folder, name["path"], *below) if name["bytes"] is None else name["bytes"]
-    if not name or "\0" in name or "://" in name:
-        return name if name and "://" in name else None
-    parts = Path(name).parts
-    tries = (os.path.join(folder, b, *parts[i:]) for i in range(len(parts)) for b in ("", *below))
-    return next((path for path in tries if os.path.exists(path)), None)
-
-
-def frames(folder):
-    """The frames of a video, a folder of pictures, in the order of the numbers in their names: 9 before 10."""
-    order = lambda path: [(int(t), "") if t.isdecimal() else (-1, t) for t in re.split(r"([0-9]+)", path.name)]
-    inside = Path(folder).iterdir() if folder and os.path.isdir(folder) else ()
-    return [str(p) for p in sorted((p for p in inside if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")), key=order)]
-
-
-def told(better, worse):
-    """
-    Two conversations, equal up to the last turn -> the question, after what was said before it, if anything was; and both answers.
-
-    >>> told([("user", "Q"), ("bot", "A"), ("user", "R"), ("bot", "B")], [("user", "Q"), ("bot", "A"), ("user", "R"), ("bot", "C")])
-    {'question': 'user: Q\\nbot: A\\nuser: R', 'responses': ['B', 'C']}
-    """
-    if better[:-1] != worse[:-1]:
-        return {"drop": "different histories"}
-    question = better[0][1] if len(better) == 2 else "\n".join(f"{who}: {text}" for who, text in better[:-1])
-    return {"question": question, "responses": [better[-1][1], worse[-1][1]]}
-
-
-def rlaif_v(row, number, folder):
-    return {"id": f"RLAIF-V-{row['idx']}", "question": row["question"], "responses": [row["chosen"], row["rejected"]],
-            "images": [locate(folder, row["image"])]}
-
-
-def vlfeedback(row, number, folder):
-    """Four answers a prompt, rated 1 to 5 in three respects; an answer without text or without three numbers does not count."""
-    answers = row["completions"]
-    if isinstance(answers, dict):  # as `datasets` turns it round: a dictionary of lists
-        turned = lambda node, i: {k: turned(v, i) for k, v in node.items()} if isinstance(node, dict) else node[i]
-        answers = [turned(answers, i) for i in range(len(answers["response"]))]
-    rated, drop = {}, "tie"  # {sum of the ratings: the first answer that has it}
-    for answer in answers:
-        ratings = [str(note["Rating"]).strip() for note in answer["annotations"].values()]
-        if not (answer["response"] or "").strip():
-            drop = "empty answer"
-        elif not all(re.fullmatch("[0-9]+([.][0-9]+)?", rating) for rating in ratings):
-            drop = "non-numeric rating"
-        else:
-            rated.setdefault(sum(map(float, ratings)), answer["response"])
-    if len(rated) < 2:
-        return {"drop": drop}
-    return {"id": row["id"], "question": row["prompt"], "responses": [rated[max(rated)], rated[min(rated)]],
-            "images": [locate(folder, row["img_path"], "merged_images")]}
-
-
-def povid(row, number, folder):
-    """Conversations in LLaVA's form; the pictures are COCO train2014's, which come apart."""
-    better, worse = ([({"human": "user", "gpt": "assistant"}.get(t["from"], t["from"]), t["value"].replace("<image>", "").strip())
-                      for t in row[side]] for side in ("conversations", "rejected_conversations"))
-    return told(better, worse) | {"id": row["id"], "images": [locate(folder, row["image"], "coco", "train2014", "coco/train2014")]}
-
-
-def wildvision(row, number, folder):
-    """Battles of two models before a person. VL-RewardBench names a row by its number."""
-    a, b = ([(t["role"], t["content"]) for t in row[side]] for side in ("conversation_a", "conversation_b"))
-    winner = row["winner"] or "none"
-    if winner not in ("model_a", "model_b"):
-        return {"drop": "tie" if winner.startswith("tie") else "no winner"}
-    found = told(a, b) if winner == "model_a" else told(b, a)
-    return found | {"id": f"wildvision-battle-{number}", "images": [locate(folder, row["image"])]}
-
-
-def own(row, number, folder):
-    """People's own data, and the commonest form: {prompt, chosen, rejected}; id and image, images or video (frames) if any."""
-    found = {"id": row.get("id", f"row-{number}"), "question": row["prompt"], "responses": [row["chosen"], row["rejected"]]}
-    if video := row.get("video"):
-        return found | {"video": [locate(folder, v) for v in video] if isinstance(video, list) else frames(locate(folder, video))}
-    images = row.get("images") or row.get("image") or []
-    return found | {"images": [locate(folder, i) for i in (images if isinstance(images, list) else [images])]}
-
-
-def mm_rlhf(row, number, folder):
-    """Pairs of different rank, made by its authors. A folder above image or video is the category of Table 2."""
-    folders = Path(row.get("image") or row.get("video") or "").parts
-    category = next((part for part in folders if part in ("long", "short", "mcq", "safety", "video")), "other")
-    return ({"drop": "tie"} if row.get("is_tie") else own(row, number, folder)) | {"source": f"MM-RLHF-{category.capitalize()}"}
-
-
-R1_TEXT = re.compile(r"\[Question\]:(.*?)(?:\n#+ *|; )\[Response 1\]:(.*?)(?:\n#+ *|; )\[Response 2\]:(.*?)"
-                     r"(?:\n[#* ]*Output Format \(strictly follow\).*)?\Z", re.DOTALL)
-
-
-def r1_reward_rl(row, number, folder):
-    """The authors' RL set: a judging prompt already. Pictures inside as base64, or named by a path on the authors' disk."""
-    message = json.loads(row["message"]) if isinstance(row["message"], str) else row["message"]
-    parts = {part["type"]: part[part["type"]] for part in message[0]["content"]}
-    asked, choice = R1_TEXT.search(parts["text"]), parse("".join(row["answer"])).choice
-    if asked is None or choice is None:
-        return {"drop": "no verdict" if asked else "unknown layout"}
-    image = row["image"] and base64.b64decode(row["image"].rpartition(",")[2]) if "image" in row else locate(folder, parts["image"])
-    return {"id": f"R1-Reward-RL-{number}", "question": asked[1].strip(), "images": [image],
-            "responses": [asked[1 + choice].strip(), asked[4 - choice].strip()]}
-
-
-SOURCES = {  # name: (what reads a row, where the rows are in the download, the fields each has)
-    "RLAIF-V": (rlaif_v, ["*.parquet", "data/*.parquet"], "idx question chosen rejected image"),
-    "VLFeedback": (vlfeedback, ["*.jsonl", "*.parquet"], "id prompt completions img_path"),
-    "POVID": (povid, ["POVID*.json", "*.json"], "id image conversations rejected_conversations"),
-    "WildVision-Battle": (wildvision, ["data/*.parquet", "*.parquet"], "conversation_a conversation_b image winner"),
-    "MM-RLHF": (mm_rlhf, ["dpo_pairs.jsonl"], "id prompt chosen rejected"),
-    "R1-Reward-RL": (r1_reward_rl, ["data/*.parquet", "*.parquet", "*.jsonl"], "message answer"),
-    "pairs": (own, ["pairs.jsonl"], "prompt chosen rejected"),  # FORK: a source of yours is a function and a line
-}
-
-
-def parquet_rows(path):
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=32):  # a picture can have megabytes
-            for number, row in enumerate(batch.to_pylist(), number + 1):
-                yield f"{path}, row {number}", row
-    except (pyarrow.ArrowException, OSError) as problem:
-        raise Unusable(f"{path}, after row {number}: no parquet ({problem}). Is the file cut off?") from None
-
-
-def table_rows(path, patterns):
-    """(where, row) of each file at path: one file, or a folder in which the first pattern that matches anything counts."""
-    path = Path(path)
-    files = [path] if path.is_file() else next(filter(None, (sorted(path.glob(p)) for p in patterns)), [])
-    if not files:
-        raise Unusable(f"{path}: has no {' or '.join(patterns)}; legal: the folder of the download, or one of its files" if path.is_dir()
-                       else f"{path}: no such file or folder; mend the path, or download it first")
-    for file in files:
-        if file.suffix == ".jsonl":
-            yield from ((where, row) for _, where, row in located_lines(file))
-        elif file.suffix == ".parquet":
-            yield from parquet_rows(file)
-        elif file.suffix == ".json":
-            table = loads(file.read_bytes(), file, legal="one list of objects")
-            if not isinstance(table, list):
-                raise Unusable(f"{file} is {type(table).__name__}; legal: one list of objects")
-            yield from ((f"{file}, item {number}", row) for number, row in enumerate(table, 1))
-        else:
-            raise Unusable(f"{file}: is {file.suffix or 'without a suffix'}; legal: .jsonl, .json, .parquet")
-
-
-def found_in(name, path):
-    """(where, pair, drop) of each row of a source: its pictures as they were found; drop: a reason, or None."""
-    read, patterns, fields = SOURCES[name]
-    folder = path if os.path.isdir(path) else os.path.dirname(path)
-    mended = lambda text: "" if text is None else text.encode(errors="replace").decode()  # half surrogates cannot be sent
-    for number, (where, row) in enumerate(table_rows(path, patterns)):
-        lacks = [f for f in fields.split() if not isinstance(row, dict) or f not in row]
-        if lacks:
-            raise Unusable(f"{where} has no {', '.join(lacks)}; legal for {name}: an object with {', '.join(fields.split())}")
-        try:
-            found = read(row, number, folder)
-            pair, drop = dict.fromkeys(PAIR) | {"source": name, "images": [], "choice": 1} | found, found.get("drop")
-            if not drop:
-                answers = [mended(text) for text in found["responses"]]
-                pair |= {"id": mended(str(found["id"])), "question": mended(found["question"]), "responses": answers}
-                better, worse = (text.strip() for text in answers)
-                drop = ("empty answer" if not (better and worse) else "same answers" if better == worse
-                        else "missing frames" if pair["video"] == [] else None)
-        except (LookupError, TypeError, AttributeError, ValueError) as problem:
-            raise Unusable(f"{where} is not as rows of {name} are ({problem!r}); see {read.__name__}() in annotate.py") from None
-        yield where, pair, drop
-
-
-@lru_cache(256)  # pairs of one prompt lie together
-def fingerprint(picture):
-    """(hash of the pixels, format) of a path or bytes. Decodes all of it: a file that was cut off shows only then."""
-    from PIL import Image
-
-    with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
-        form, seen = image.format, image.convert("RGB")
-        return hashlib.sha256(repr(seen.size).encode() + seen.tobytes()).hexdigest()[:32], form
-
-
-def keep(value, folder=None):
-    """A picture's path or bytes -> (path, hash of its pixels), or the reason to drop its row. Bytes become a file in folder, if any."""
-    if isinstance(value, str) and "://" in value:
-        return "picture is a URL"
-    if value is None or isinstance(value, str) and not os.path.isfile(value):
-        return "missing image"
-    try:
-        pixels, form = fingerprint(value)
-    except Exception:  # what a damaged file raises is up to the decoder: OSError, SyntaxError, ValueError, struct.error, ...
-        return "unreadable image"
-    if isinstance(value, str) or folder is None:
-        return value, pixels
-    name = hashlib.sha256(value).hexdigest()[:32]
-    path = Path(folder, name[:2], f"{name}.{form.lower()}")
-    if not path.exists():
-        with whole(path, f".{random.getrandbits(64):x}.part") as file:  # two rows with one picture may come at once
-            file.write(value)
-    return str(path), pixels
-
-
-def collect(name, path, out, spool):
-    """Reads a source into a file of {source, where} and {pair, pixels} or {drop}, a line a row. Whole or not at all."""
-    from tqdm import tqdm
-
-    became = Counter()
-    with ThreadPoolExecutor(min(16, os.cpu_count())) as pool, whole(spool) as file:
-        rows = iter(tqdm(found_in(name, path), desc=f"reading {name}", unit=" rows", mininterval=1))
-        while batch := list(islice(rows, 32)):
-            every = {p for _, pair, drop in batch if not drop for p in pair["video"] or pair["images"]}
-            kept = dict(zip(every, pool.map(lambda p: keep(p, out / "images"), every)))
-            for where, pair, drop in batch:
-                pictures = [] if drop else [kept[p] for p in pair["video"] or pair["images"]]
-                drop = drop or next((p for p in pictures if isinstance(p, str)), None)
-                became[drop or "pairs"] += 1
-                row = {"source": pair["source"], "where": where} | ({"drop": drop} if drop else {
-                    "pair": pair | {"video" if pair["video"] else "images": [os.path.abspath(path) for path, _ in pictures]},
-                    "pixels": [pixels for _, pixels in pictures]})
-                file.write(json.dumps(row).encode() + b"\n")
-        if not became["pairs"]:
-            raise Unusable(f"--data {name}={path}: not one pair came of it ({dict(became) or 'no rows'}; each is listed in {file.name}). "
-                           "Are the pictures where the rows say?")
-
-
-def from_hub(address, folder):
-    """hub:owner/name@revision -> a folder with its files, archives unpacked. Has not yet been run against the hub."""
-    from huggingface_hub import snapshot_download
-
-    repo, _, revision = address.removeprefix("hub:").partition("@")
-    if not revision:
-        raise Unusable(f"{address}: legal: hub:owner/name@revision. Sets on the hub change: without a revision nothing can be repeated")
-    try:
-        snapshot_download(repo, repo_type="dataset", revision=revision, local_dir=folder)
-    except Exception as problem:  # offline, no such set, no permission: the hub's client has its own words for each
-        raise Unusable(f"{address}: not fetched ({problem}). Download it by other means and give its folder") from None
-    for archive in folder.rglob("*.zip"):
-        shutil.unpack_archive(archive, archive.parent)
-    return str(folder)
-
-
-# ---------------------------------------------------------------------------------------------------
-# 2. Mix: which pairs, in which order, and which answer comes first. All by hashes of the id: nothing depends on reading order
-
-
-def same_run(path, made, asked):
-    differs = [f"{k} is {made.get(k)!r} there, {asked.get(k)!r} now" for k in sorted(made | asked) if made.get(k) != asked.get(k)]
-    if differs:
-        raise Unusable(f"{path} belongs to another configuration: {'; '.join(differs)}. "
-                       "Give the same flags to go on with it, or another --out to begin anew")
-
-
-def marks(id, question, answers, pixels):
-    """What a pair is known by: id; question and answers in either order, whatever the case and spaces; pictures."""
-    plain = lambda text: " ".join(text.replace("<image>", " ").casefold().split())
-    text = json.dumps([plain(question), *sorted(map(plain, answers))])
-    return {"id": {id}, "text": {hashlib.sha256(text.encode()).hexdigest()[:32]}, "picture": set(pixels)}
-
-
-def benchmark_marks(files):
-    """The marks of all rows of benchmark files, in the formats of the three and of pairs."""
-    known = {"id": set(), "text": set(), "picture": set()}
-    for file in files:
-        absent = 0
-        for where, row in table_rows(file, []):
-            get = lambda *names: next((row[n] for n in names if isinstance(row, dict) and row.get(n) is not None), None)
-            question = get("query", "prompt", "Text", "question")
-            answers = get("response", "responses") or [get("chosen", "Output1"), get("rejected", "Output2")]
-            if question is None or None in answers:
-                raise Unusable(f"{where} has no question with two answers; legal for --decontaminate: the files of VL-RewardBench, "
-                               "Multimodal RewardBench and MM-RLHF-RewardBench, or pairs")
-            found = own({"prompt": "", "chosen": "", "rejected": ""} | row | {"image": get("image", "Image")}, 0, os.path.dirname(file))
-            kept = [keep(picture) for picture in found.get("video") or found.get("images", ())]
-            pixels = [k[1] for k in kept if not isinstance(k, str)]
-            absent += len(kept) - len(pixels)
-            for kind, mark in marks(str(get("id", "ID")), question, answers, pixels).items():
-                known[kind] |= mark
-        print(f"{file}: {absent} of its pictures cannot be read, so they match nothing" if absent else f"{file}: read")
-    return known
-
-
-def mix(args, out):
-    """Makes out/mix.jsonl, unless it is there, and -> {source: {what became of its rows: how many}}."""
-    asked = {k: vars(args)[k] for k in ("data", "seed", "others", "limit", "both_orders", "decontaminate")}
-    about = out / "mix.json"  # written last: if it is there, the mix is whole
-    if about.exists():
-        made = json.loads(about.read_text())
-        same_run(about, made["made with"], asked)
-        return made["counts"]
-    known, seen, counts = benchmark_marks(args.decontaminate), set(), defaultdict(Counter)
-    usable = {}  # {id: pair}; in memory, some 4 KB each
+    collected = []
+    # MM-RLHF first: of two equal pairs the first one is kept
+    for name, path in sorted(data, key=lambda source: source[0] != "MM-RLHF"):
+        digest = hashlib.sha256(path.encode()).hexdigest()[:8]
+        file = out / "read" / f"{name}-{digest}.jsonl"
+        if not file.exists():
+            if path.startswith("hub:"):
+                path = download(path, out / "hub" / name)
+            collect_source(TRAINING[name], path, file, out / "images")
+        collected.append(file)
+    return collected
+
+
+# ------------------------------------------------------------------------------------------------
+# 2. Mix: which pairs, in which order, and which response comes first. All of it is decided by
+# hashes of the ids, so nothing depends on the order of reading.
+
+
+def finished_mix(args, out):
+    """{source: what became of its rows}, if an earlier run with these flags wrote the mix."""
+    about = out / "mix.json"  # written last: if it is there, mix.jsonl is complete
+    if not about.exists():
+        return None
+    made = json.loads(about.read_text())
+    files.check_same_settings(about, made["made with"], settings(args, MIX_FLAGS))
+    return made["counts"]
+
+
+def settings(args, names):
+    return {name: getattr(args, name) for name in names}
+
+
+def mix(collected, args, out):
+    """Writes mix.jsonl; returns {source: what became of its rows}, as finished_mix() does."""
+    benchmarks = benchmark_keys(args.decontaminate)
     with open(out / "dropped.jsonl", "w") as dropped:
-        for name, path in sorted(args.data, key=lambda d: d[0] != "MM-RLHF"):  # of two equal pairs the first one stays
-            spool = out / "read" / f"{name}-{hashlib.sha256(path.encode()).hexdigest()[:8]}.jsonl"
-            if not spool.exists():
-                collect(name, from_hub(path, out / "hub" / name) if path.startswith("hub:") else path, out, spool)
-            for _, _, row in located_lines(spool):
-                pair, drop = row.get("pair"), row.get("drop")
-                if pair:
-                    mine = marks(pair["id"], pair["question"], pair["responses"], row["pixels"])
-                    key = (*mine["text"], *row["pixels"])
-                    matched = [kind for kind in mine if mine[kind] & known[kind]]
-                    drop = "in a benchmark, by " + ", ".join(matched) if matched else "seen before" if key in seen else None
-                    seen.add(key)
-                counts[row["source"]][drop or "pairs"] += 1
-                if drop:
-                    dropped.write(json.dumps({"source": row["source"], "where": row["where"], "reason": drop}) + "\n")
-                else:
-                    names = chain([pair["id"]], (f"{pair['id']}#{n}" for n in count(2)))
-                    free = next(name for name in names if name not in usable)
-                    usable[free] = pair | {"id": free}
-    rank = lambda what: lambda name: hashlib.sha256(f"{args.seed} {what} {name}".encode()).digest()
-    human, others = ([n for n in usable if usable[n]["source"].startswith("MM-RLHF") == yes] for yes in (True, False))
-    taken = sorted(human + sorted(others, key=rank("sample"))[:args.others], key=rank("shuffle"))[:args.limit]
-    for name in sorted(taken, key=rank("place"))[:len(taken) // 2]:
-        usable[name] = swap(usable[name])
-    pairs = [usable[name] for name in taken]
-    for pair in pairs:
-        counts[pair["source"]]["taken"] += 1
-    if args.both_orders:
-        pairs = chain.from_iterable((pair, swap(pair) | {"id": pair["id"] + SWAPPED}) for pair in pairs)
-    write_pairs(out / "mix.jsonl", pairs)
-    with whole(about) as file:
-        file.write(json.dumps({"made with": asked, "counts": counts}).encode())
+        usable, counts = usable_pairs(collected, benchmarks, dropped)
+    mixed = draw(usable, args)
+    for pair in mixed:
+        counts[pair.source]["taken"] += 1
+    pairs.write_pairs(out / "mix.jsonl", in_both_orders(mixed) if args.both_orders else mixed)
+    about = {"made with": settings(args, MIX_FLAGS), "counts": counts}
+    with files.atomic_write(out / "mix.json") as file:
+        file.write(json.dumps(about).encode())
     shutil.rmtree(out / "read")
     return counts
 
 
-# ---------------------------------------------------------------------------------------------------
+def draw(usable, args):
+    """The pairs that are taken, in their final order, half of them swapped."""
+
+    def by_hash(purpose):
+        def key(pair):
+            return hashlib.sha256(f"{args.seed} {purpose} {pair.id}".encode()).digest()
+
+        return key
+
+    human = [pair for pair in usable if pair.source.startswith("MM-RLHF")]
+    others = [pair for pair in usable if not pair.source.startswith("MM-RLHF")]
+    sample = sorted(others, key=by_hash("sample"))[: args.others]
+    drawn = sorted(human + sample, key=by_hash("shuffle"))[: args.limit]
+    half = sorted(drawn, key=by_hash("place"))[: len(drawn) // 2]
+    to_swap = {pair.id for pair in half}
+    return [pairs.swap(pair) if pair.id in to_swap else pair for pair in drawn]
+
+
+def in_both_orders(mixed):
+    for pair in mixed:
+        yield pair
+        yield replace(pairs.swap(pair), id=pair.id + SWAPPED)
+
+
+# ------------------------------------------------------------------------------------------------
 # 3. Annotate
 
 
-class Journal:
-    """
-    Every reply, an object a line, appended the moment it is here; the first line is the configuration. A killed process (-9 too)
-    loses nothing that was appended. There is no fsync: if the power goes, the last seconds may be paid for again.
-    """
+@dataclass
+class Verdict:
+    choice: int | None  # 1, 2, or None: the reply has no verdict
+    offset: int  # of the reply in the journal
 
-    def __init__(self, file, config):
-        self.file, self.replies, self.tokens = file, defaultdict(list), [0, 0]  # replies: {id: [(choice, offset in the file)]}
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
-        except BlockingIOError:
-            raise Unusable(f"{file.name}: another annotate.py is writing to it; wait for it, or choose another --out") from None
-        size = end = file.seek(0, os.SEEK_END)
-        while end and (file.seek(end - 1), file.read(1))[1] != b"\n":
-            end -= 1
-        if end < size:
-            file.truncate(end)
-            print(f"{file.name}: the last line was half written; its {size - end} bytes are cut off")
-        if not end:
-            file.write(json.dumps(config).encode() + b"\n")
-            file.flush()
-        lines = located_lines(file.name)
-        same_run(file.name, next(lines)[2], config)
-        for offset, where, row in lines:
+
+class Replies:
+    """Every reply, in a journal whose first line is the settings that replies depend on."""
+
+    def __init__(self, journal, made_with):
+        self.journal = journal
+        self.verdicts = defaultdict(list)  # pair id -> [Verdict] in the order of the attempts
+        self.total = 0
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
+        rows = journal.rows()
+        first = next(rows, None)
+        if first is None:
+            journal.append([made_with])
+        else:
+            _, _, before = first
+            files.check_same_settings(journal.path, before, made_with)
+        for where, offset, row in rows:
             try:
-                self.learn(row, offset)
-            except (LookupError, TypeError, AttributeError):
-                raise Unusable(f"{where}: {json.dumps(row)[:200]} is no reply; legal: id, attempt, text, finish, tokens") from None
+                self._learn(row, offset)
+            except (LookupError, TypeError, AttributeError, ValueError):
+                expected = "an object with id, attempt, text, finish, tokens"
+                found = json.dumps(row)[:200]
+                raise InputError(f"{where}: {found} is not a reply; expected {expected}") from None
 
-    def append(self, row):
-        offset = self.file.seek(0, os.SEEK_END)
-        self.file.write(json.dumps(row).encode() + b"\n")
-        self.file.flush()
-        self.learn(row, offset)
+    def append(self, pair, reply):
+        row = {
+            "id": pair.id,
+            "attempt": len(self.verdicts[pair.id]) + 1,
+            "text": reply.text,
+            "finish": reply.finish,
+            "tokens": [reply.prompt_tokens, reply.completion_tokens],
+        }
+        (offset,) = self.journal.append([row])
+        self._learn(row, offset)
 
-    def learn(self, row, offset):
-        self.replies[row["id"]].append((parse(row["text"]).choice, offset))
-        self.tokens = [a + b for a, b in zip(self.tokens, row["tokens"])]
+    def _learn(self, row, offset):
+        prompt_tokens, completion_tokens = row["tokens"]
+        self.verdicts[row["id"]].append(Verdict(parse(row["text"]).choice, offset))
+        self.total += 1
+        self.prompt_tokens += prompt_tokens
+        self.completion_tokens += completion_tokens
 
-    def text(self, offset):
-        self.file.seek(offset)
-        return json.loads(self.file.readline())["text"]
-
-
-class Unanswered(Exception):
-    """(why, refused): a request got no reply, for a reason that is not the model's. refused: the endpoint will not have it."""
-
-
-class Endpoint:
-    """
-    An OpenAI-compatible API, or what plays one. What is not the model's doing (rate limits, errors of the server, broken
-    connections, bodies that are no completion) is tried again and never becomes a reply.
-    """
-
-    def __init__(self, base_url, timeout=180, retries=12):
-        import openai
-
-        here = re.fullmatch(r"localhost|127(\.\d+){3}|::1", urlparse(base_url).hostname or "")
-        key = os.environ.get("OPENAI_API_KEY") or (here and "EMPTY")
-        if not key:
-            raise Unusable(f"OPENAI_API_KEY is not set, and {base_url} is not on this machine; export OPENAI_API_KEY=...")
-        self.openai, self.retries, self.retried, self.key = openai, retries, Counter(), key
-        self.client = openai.AsyncOpenAI(base_url=base_url, api_key=key, timeout=timeout, max_retries=0)
-
-    async def ask(self, model, messages, **fields):
-        """-> completion()'s {text, finish, tokens: [in, out]}; a refusal is a text like any other."""
-        for attempt in count():
-            headers = {}
-            try:
-                raw = await self.client.chat.completions.with_raw_response.create(model=model, messages=messages, extra_body=fields)
-                if reply := completion(raw.http_response.content):
-                    return reply
-                kind = why = "a body that is no completion"
-            except self.openai.APIStatusError as problem:
-                status, headers, why = problem.status_code, problem.response.headers, str(problem).replace(self.key, "***")
-                if status in (401, 403, 404):
-                    raise Unusable(f"{self.client.base_url}: {why}; mend OPENAI_API_KEY, --model or --base_url") from None
-                if status < 500 and status not in (408, 409, 425, 429):
-                    raise Unanswered(why, True) from None
-                kind = str(status)
-            except self.openai.APIConnectionError as problem:  # a timeout is one, too
-                kind = why = f"{type(problem).__name__} ({problem.__cause__ or problem})"
-            self.retried[kind] += 1
-            if attempt == self.retries:
-                raise Unanswered(f"{attempt + 1} times in a row no answer, at last: {why}", False)
-            backoff = min(60, 0.5 * 2**attempt) * random.uniform(0.5, 1)
-            await asyncio.sleep(max(backoff, wanted_pause(headers) * random.uniform(1, 1.2)))  # not all at the same moment
+    def text(self, verdict):
+        return self.journal.read(verdict.offset)["text"]
 
 
-def completion(body):
-    """
-    The bytes of a chat completion -> {text, finish, tokens}, and if log-probabilities came, said and likeliest: each token of the
-    text, and {what could stand there: its log-probability}. None if they are none: a page of HTML, no choices, half of it.
-    """
-    try:
-        reply = json.loads(body)
-        choice, usage = reply["choices"][0], reply.get("usage") or {}
-        text = choice["message"].get("content") or choice["message"].get("refusal") or ""
-        tokens = [int(usage.get(f"{kind}_tokens") or 0) for kind in ("prompt", "completion")]
-        found = {"text": text, "finish": choice.get("finish_reason"), "tokens": tokens}
-        if choice.get("logprobs"):
-            content = choice["logprobs"].get("content") or []
-            found["said"] = [at["token"] for at in content]
-            found["likeliest"] = [{o["token"]: float(o["logprob"]) for o in at["top_logprobs"]} for at in content]
-        return found if isinstance(text, str) else None
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return None
-
-
-def wanted_pause(headers):
-    """
-    Seconds asked for by Retry-After, which is a number or a date; an hour at most.
-
-    >>> wanted_pause({"retry-after": "1.5"}), wanted_pause({"retry-after": "soon"}), wanted_pause({})
-    (1.5, 0.0, 0.0)
-    """
-    asked = headers.get("retry-after", "0")
-    for seconds in (float, lambda date: parsedate_to_datetime(date).timestamp() - time.time()):
-        with contextlib.suppress(ValueError, OverflowError):
-            return min(3600.0, max(0.0, seconds(asked)))
-    return 0.0
-
-
-def data_url(path, max_pixels, quality=95):
-    """A picture as it is sent: its file as it is, or, if it is too large or of a rare kind, scaled down and as JPEG."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            if image.format in ("PNG", "JPEG", "WEBP") and width * height <= max_pixels:
-                data, kind = Path(path).read_bytes(), Image.MIME[image.format]
-            else:
-                scale, out = min(1, (max_pixels / (width * height)) ** 0.5), io.BytesIO()
-                image = ImageOps.exif_transpose(image).convert("RGB")
-                image.resize([max(1, int(n * scale)) for n in image.size], Image.Resampling.BICUBIC).save(out, "JPEG", quality=quality)
-                data, kind = out.getvalue(), "image/jpeg"
-    except Exception as problem:  # see keep()
-        raise Unusable(f"{path}: is no picture any more ({problem!r}); it was one when the sources were read. Bring it back, "
-                       "and run again") from None
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def as_sent(turns, max_pixels, max_frames):
-    """Messages as an API takes them: pictures as data URLs, at most so many frames of a video, evenly spaced."""
-    def parts(part):
-        if part["type"] == "text":
-            return [part]
-        files, most = (part["video"], max_frames) if part["type"] == "video" else ([part["image"]], 1)
-        n = min(len(files), most)
-        files = [files[i * (len(files) - 1) // max(1, n - 1)] for i in range(n)]
-        return [{"type": "image_url", "image_url": {"url": data_url(path, max_pixels)}} for path in files]
-
-    return [turn | {"content": [p for part in turn["content"] for p in parts(part)]} for turn in turns]
-
-
-def due(pair, replies, mode):
-    """The messages of the pair's next attempt, or None if there is none."""
+def next_request(pair, verdicts, mode):
+    """The messages of the pair's next attempt, or None if there is none left."""
     if mode == "critique":
-        left = pair["responses"][len(replies):]
-        return turn(pair, CRITIQUE_PROMPT.format(question=pair["question"], answer=left[0])) if left else None
-    solved = replies and replies[-1][0] == pair["choice"]
-    return None if solved or len(replies) == ATTEMPTS else messages(pair)
+        is_done = len(verdicts) == len(pair.responses)
+        return None if is_done else pairs.critique_turns(pair, len(verdicts))
+    is_done = len(verdicts) == ATTEMPTS or is_solved(pair, verdicts)
+    return None if is_done else pairs.judging_turns(pair)
 
 
-async def annotate(pairs, journal, endpoint, args, bar):
-    """Asks for all that is due, --concurrency pairs at a time. -> how many pairs got no answer."""
-    aside, silent, done, solved = Counter(), 0, 0, 0
+def is_solved(pair, verdicts):
+    return bool(verdicts) and verdicts[-1].choice == pair.choice
 
-    async def work():
-        nonlocal silent, done, solved
-        for pair in pairs:  # one generator for all workers
-            replies = journal.replies[pair["id"]]
-            while (asked := due(pair, replies, args.mode)) is not None:
-                sent = await asyncio.to_thread(as_sent, asked, args.max_pixels, args.max_frames)
-                # deviation 1: each attempt has a seed of its own
-                fields = {"temperature": args.temperature, "max_tokens": args.max_tokens, "seed": len(replies)} | args.request
-                try:
-                    reply = await endpoint.ask(args.model, sent, **{k: v for k, v in fields.items() if v is not None})
-                except Unanswered as problem:
-                    why, refused = problem.args
-                    aside[why] += 1
-                    if aside[why] == 1:
-                        bar.write(f"pair {pair['id']} is left for the next run: {why}")
-                    silent += not (refused and any(journal.replies.values()))  # if others had replies, it is this pair's own fault
-                    if silent >= max(8, args.concurrency):
-                        raise Unusable(f"{args.base_url}: {silent} pairs in a row got no answer, the last one: {why}. "
-                                       "All replies are kept; mend what is wrong and run again") from None
-                    break
-                silent = 0
-                journal.append({"id": pair["id"], "attempt": len(replies) + 1} | reply)
+
+class Annotator:
+    """Asks for the replies that are missing, --concurrency pairs at a time."""
+
+    def __init__(self, endpoint, replies, args, bar):
+        self.endpoint = endpoint
+        self.replies = replies
+        self.args = args
+        self.bar = bar
+        self.failures = Counter()  # reason -> pairs left for the next run
+        self.failed_in_a_row = 0  # since the last reply, over all workers
+        self.done = 0
+        self.solved = 0
+
+    async def run(self, mixed):
+        """Annotates all pairs; returns how many are left for the next run."""
+        async with self.endpoint.client:
+            workers = [self._worker(mixed) for _ in range(self.args.concurrency)]
+            await asyncio.gather(*workers)
+        return self.failures.total()
+
+    async def _worker(self, mixed):
+        for pair in mixed:  # one iterator, shared by all workers
+            try:
+                await self._annotate(pair)
+            except NoReply as problem:
+                self._leave(pair, problem)
             else:
-                done, solved = done + 1, solved + (replies[-1][0] == pair["choice"])
-                bar.update()
-                share = {"solved": f"{solved / done:.1%}"} if args.mode == "judge" else {}
-                bar.set_postfix(**share, retried=endpoint.retried.total(), refresh=False)
+                self._show_progress(pair)
 
-    async with endpoint.client:
-        await asyncio.gather(*[work() for _ in range(args.concurrency)])
-    return aside.total()
+    async def _annotate(self, pair):
+        args = self.args
+        verdicts = self.replies.verdicts[pair.id]
+        while turns := next_request(pair, verdicts, args.mode):
+            sent = await asyncio.to_thread(to_openai, turns, args.max_pixels, args.max_frames)
+            request = {
+                "temperature": args.temperature,
+                "max_tokens": args.max_tokens,
+                "seed": len(verdicts),  # deviation 1
+            }
+            request |= args.request
+            request = {name: value for name, value in request.items() if value is not None}
+            reply = await self.endpoint.ask(args.model, sent, **request)
+            self.failed_in_a_row = 0
+            self.replies.append(pair, reply)
+
+    def _leave(self, pair, problem):
+        self.failures[problem.reason] += 1
+        if self.failures[problem.reason] == 1:
+            self.bar.write(f"pair {pair.id} is left for the next run: {problem.reason}")
+        # once others have had replies, a request that is refused is this pair's own fault
+        if not (problem.refused and self.replies.total):
+            self.failed_in_a_row += 1
+        if self.failed_in_a_row >= max(8, self.args.concurrency):
+            raise InputError(
+                f"{self.args.base_url}: {self.failed_in_a_row} pairs in a row got no answer, the "
+                f"last one: {problem.reason}. All replies are kept; fix the cause and run again"
+            )
+
+    def _show_progress(self, pair):
+        self.done += 1
+        self.bar.update()
+        status = {"retried": self.endpoint.retried.total()}
+        if self.args.mode == "judge":
+            self.solved += is_solved(pair, self.replies.verdicts[pair.id])
+            status = {"solved": f"{self.solved / self.done:.1%}"} | status
+        self.bar.set_postfix(status, refresh=False)
 
 
-def annotated(path, journal, args):
-    """The pairs of the mix with what the journal has on them."""
-    for pair in each_pair(path):
-        name, mine = pair["id"], journal.replies[pair["id"]]
-        if args.mode == "critique":
-            yield pair | {"critiques": [journal.text(offset) for _, offset in mine]}
-            continue
-        if mine and mine[-1][0] == pair["choice"]:
-            pair |= {"attempts": len(mine), "annotation": journal.text(mine[-1][1])}
-        elif len(mine) == ATTEMPTS:
-            pair["attempts"] = ATTEMPTS + 1
-        if args.both_orders:  # deviation 7
-            other = name.removesuffix(SWAPPED) if name.endswith(SWAPPED) else name + SWAPPED
-            said = [[choice for choice, _ in journal.replies[n]] for n in (name, other)]
-            pair["contradicted"] = said == [[3 - pair["choice"]] * ATTEMPTS, [pair["choice"]] * ATTEMPTS]
+def reply_settings(mixed, args):
+    """What the replies depend on."""
+    prompt = pairs.JUDGING_PROMPT if args.mode == "judge" else pairs.CRITIQUE_PROMPT
+    with open(mixed, "rb") as file:
+        mix_digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    prompt_digest = hashlib.sha256(prompt.encode()).hexdigest()[:12]
+    return settings(args, REPLY_FLAGS) | {"prompt": prompt_digest, "pairs": mix_digest}
+
+
+def annotate(mixed, replies, endpoint, total, args):
+    """Asks for every reply that is missing; returns how many pairs got no answer."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=args.mode, unit=" pairs", smoothing=0.05, mininterval=1) as bar:
+        annotator = Annotator(endpoint, replies, args, bar)
+        return asyncio.run(annotator.run(pairs.iter_pairs(mixed)))
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. Write
+
+
+def write(mixed, replies, counts, args, out):
+    """The sets and the report, or with --mode critique the critic's set."""
+    if args.mode == "critique":
+        pairs.write_pairs(out / "critic.jsonl", criticized_pairs(mixed, replies))
+        return
+    for name, attempts in SETS.items():
+        annotated = annotated_pairs(mixed, replies, args)
+        chosen = (pair for pair in annotated if pair.attempts in attempts)
+        pairs.write_pairs(out / f"{name}.jsonl", chosen)
+    summary = summarize(annotated_pairs(mixed, replies, args))
+    report = render_report(summary, counts, replies, args)
+    with files.atomic_write(out / "report.md") as file:
+        file.write(report.encode())
+    draw_report(summary, out / "report.png")
+    print(report)
+
+
+def criticized_pairs(mixed, replies):
+    for pair in pairs.iter_pairs(mixed):
+        verdicts = replies.verdicts[pair.id]
+        if len(verdicts) == len(pair.responses):
+            pair.critiques = [replies.text(verdict) for verdict in verdicts]
+            yield pair
+
+
+def annotated_pairs(mixed, replies, args):
+    """The pairs of the mix with what the annotator made of them."""
+    for pair in pairs.iter_pairs(mixed):
+        verdicts = replies.verdicts[pair.id]
+        if is_solved(pair, verdicts):
+            pair.attempts = len(verdicts)
+            pair.annotation = replies.text(verdicts[-1])
+        elif len(verdicts) == ATTEMPTS:
+            pair.attempts = ATTEMPTS + 1
+        if args.both_orders:
+            pair.extra["contradicted"] = is_contradicted(pair, replies)  # deviation 7
         yield pair
 
 
-# ---------------------------------------------------------------------------------------------------
-# 4. Report
+def is_contradicted(pair, replies):
+    """Whether all attempts in both orders chose the other response."""
+    if pair.id.endswith(SWAPPED):
+        other_id = pair.id.removesuffix(SWAPPED)
+    else:
+        other_id = pair.id + SWAPPED
+    wrong = 3 - pair.choice
+    here = [verdict.choice for verdict in replies.verdicts[pair.id]]
+    other = [verdict.choice for verdict in replies.verdicts[other_id]]
+    return here == [wrong] * ATTEMPTS and other == [pair.choice] * ATTEMPTS
 
 
-def table(head, body):
-    """Markdown; numbers with thousands, to the right."""
-    text = lambda v: f"{v:,}" if isinstance(v, int) else str(v)
-    lines = [head, ["---:" if isinstance(v, int) else "---" for v in body[0]], *body]
-    return "\n".join("| " + " | ".join(map(text, line)) + " |" for line in lines) + "\n\n"
+class Summary:
+    """What the report counts."""
+
+    def __init__(self):
+        self.attempts = defaultdict(Counter)  # source -> attempts -> pairs
+        self.choices = defaultdict(Counter)  # set -> better response -> pairs
+        self.lengths = defaultdict(list)  # attempts -> characters of each judgement
+        self.remarks = Counter()
 
 
-def report(out, counts, journal, pairs, args):
-    """report.md and report.png. Nothing in them is of the moment: the same replies make the same bytes."""
-    tries, verdicts, lengths, odd = defaultdict(Counter), defaultdict(Counter), defaultdict(list), Counter()
-    for pair in pairs:
-        tries[pair["source"]][pair["attempts"]] += 1
-        for name, within in SETS.items():
-            verdicts[name][pair["choice"]] += pair["attempts"] in within
-        if pair["annotation"] is not None:
-            lengths[pair["attempts"]].append(len(pair["annotation"]))
-            odd["solved, but not in the form of Table 1"] += not parse(pair["annotation"]).well_formed
-        odd["contradicted in both orders"] += pair.get("contradicted", False)
-    body = [[s, *(counts[s].get(k, 0) for k in ("pairs", "taken")), *(tries[s][k] for k in (1, 2, 3, 4, None))] for s in sorted(counts)]
-    body.append(["all", *(sum(column) for column in list(zip(*body))[1:])])
-    tokens_in, tokens_out = journal.tokens
-    dollars = (tokens_in * args.price[0] + tokens_out * args.price[1]) / 1e6
-    reasons = [[s, reason, n] for s in sorted(counts) for reason, n in sorted(counts[s].items()) if reason not in ("pairs", "taken")]
-    spread = lambda v: [len(v), int(statistics.median(v)), sorted(v)[int(0.95 * (len(v) - 1))]]
-    text = f"# {sum(verdicts['pairs'].values()):,} pairs judged by {args.model} at temperature {args.temperature:g}\n\n"
-    text += table(["source", "usable pairs", "taken", "1 attempt", "2", "3", "failed", "no answer"], body)
-    text += table(["file", "answer 1 is better", "answer 2 is better"], [[f"{n}.jsonl", verdicts[n][1], verdicts[n][2]] for n in SETS])
-    text += table(["solved at attempt", "reasonings", "characters, median", "95th percentile"],
-                  [[str(k), *spread(lengths[k])] for k in sorted(lengths)]) if lengths else ""
-    text += "".join(f"{n:,} {what}. " for what, n in odd.items()) + "\n\n"
-    text += f"{sum(map(len, journal.replies.values())):,} replies, {tokens_in:,} tokens in, {tokens_out:,} out: ${dollars:,.2f} "
-    text += f"at ${args.price[0]:g} and ${args.price[1]:g} a million.\n\n"
-    text += table(["source", "dropped because", "rows"], reasons) if reasons else ""
-    with whole(out / "report.md") as file:
-        file.write(text.encode())
-    draw(out / "report.png", tries, lengths)
-    print(text)
+def summarize(annotated):
+    summary = Summary()
+    for pair in annotated:
+        summary.attempts[pair.source][pair.attempts] += 1
+        for name, attempts in SETS.items():
+            if pair.attempts in attempts:
+                summary.choices[name][pair.choice] += 1
+        if pair.annotation is not None:
+            summary.lengths[pair.attempts].append(len(pair.annotation))
+            is_malformed = not parse(pair.annotation).well_formed
+            summary.remarks["solved, but not in the form of Table 1"] += is_malformed
+        is_contradiction = pair.extra.get("contradicted", False)
+        summary.remarks["contradicted in both orders"] += is_contradiction
+    return summary
 
 
-def draw(path, tries, lengths):
+def render_report(summary, counts, replies, args):
+    """report.md. It holds no time or date: the same replies make the same bytes."""
+    total = summary.choices["pairs"].total()
+    text = f"# {total:,} pairs judged by {args.model} at temperature {args.temperature:g}\n\n"
+    text += sources_table(summary, counts)
+    text += choices_table(summary)
+    text += lengths_table(summary)
+    for remark, number in summary.remarks.items():
+        text += f"{number:,} {remark}. "
+    text += "\n\n"
+    text += cost_line(replies, args.price)
+    text += dropped_table(counts)
+    return text
+
+
+def sources_table(summary, counts):
+    rows = []
+    for source in sorted(counts):
+        row = [source, counts[source].get("pairs", 0), counts[source].get("taken", 0)]
+        row += [summary.attempts[source][attempts] for attempts in SETS["pairs"]]
+        rows.append(row)
+    _, *columns = zip(*rows)
+    rows.append(["all", *map(sum, columns)])
+    head = ["source", "usable pairs", "taken", "1 attempt", "2", "3", "failed", "no answer"]
+    return markdown_table(head, rows)
+
+
+def choices_table(summary):
+    rows = []
+    for name in SETS:
+        choices = summary.choices[name]
+        rows.append([f"{name}.jsonl", choices[1], choices[2]])
+    return markdown_table(["file", "answer 1 is better", "answer 2 is better"], rows)
+
+
+def lengths_table(summary):
+    if not summary.lengths:
+        return ""
+    rows = []
+    for attempts, lengths in sorted(summary.lengths.items()):
+        percentile = sorted(lengths)[int(0.95 * (len(lengths) - 1))]
+        rows.append([str(attempts), len(lengths), int(statistics.median(lengths)), percentile])
+    head = ["solved at attempt", "reasonings", "characters, median", "95th percentile"]
+    return markdown_table(head, rows)
+
+
+def cost_line(replies, price):
+    tokens_in, tokens_out = replies.prompt_tokens, replies.completion_tokens
+    dollars = (tokens_in * price[0] + tokens_out * price[1]) / 1e6
+    tokens = f"{tokens_in:,} tokens in, {tokens_out:,} out"
+    cost = f"${dollars:,.2f} at ${price[0]:g} and ${price[1]:g} a million"
+    return f"{replies.total:,} replies, {tokens}: {cost}.\n\n"
+
+
+def dropped_table(counts):
+    rows = []
+    for source in sorted(counts):
+        for reason, number in sorted(counts[source].items()):
+            if reason not in ("pairs", "taken"):
+                rows.append([source, reason, number])
+    return markdown_table(["source", "dropped because", "rows"], rows) if rows else ""
+
+
+def draw_report(summary, path):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    names, done = sorted(name for name in tries if tries[name]), Counter()
-    for k, colour in zip((1, 2, 3, 4), ("#4c9f70", "#e3b23c", "#e07b39", "#b23a48")):
-        shares = [tries[s][k] / tries[s].total() for s in names]
-        left.barh(names, shares, left=[done[s] for s in names], color=colour, label="failed" if k == 4 else f"{k}")
-        done.update(dict(zip(names, shares)))
-        if lengths[k]:
-            right.hist(lengths[k], bins=40, histtype="step", color=colour, density=True)
-    left.set(xlabel="share of pairs", title="attempts until the verdict was right")
-    right.set(xlabel="characters", yticks=[], title="length of the reasoning, by attempts")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    bars, histogram = figure.subplots(1, 2)
+    sources = sorted(source for source in summary.attempts if summary.attempts[source])
+    left_ends = [0.0] * len(sources)
+    for attempts, colour in zip((1, 2, 3, 4), ("#4c9f70", "#e3b23c", "#e07b39", "#b23a48")):
+        label = "failed" if attempts == 4 else str(attempts)
+        of_source = [summary.attempts[source] for source in sources]
+        shares = [numbers[attempts] / numbers.total() for numbers in of_source]
+        bars.barh(sources, shares, left=left_ends, color=colour, label=label)
+        left_ends = [end + share for end, share in zip(left_ends, shares)]
+        lengths = summary.lengths[attempts]
+        if lengths:
+            histogram.hist(lengths, bins=40, histtype="step", color=colour, density=True)
+    bars.set(xlabel="share of pairs", title="attempts until the verdict was right")
+    histogram.set(xlabel="characters", yticks=[], title="length of the reasoning, by attempts")
+    figure.legend(*bars.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
-# ---------------------------------------------------------------------------------------------------
-
-
-def source(text):
-    """RLAIF-V=folder, on the command line."""
+def data_source(text):
+    """The type of --data: [name, path] of NAME=PATH."""
     name, _, path = text.partition("=")
-    if name not in SOURCES or not path:
-        raise argparse.ArgumentTypeError(f"{text!r} names no source; legal: NAME=PATH or NAME=hub:owner/name@revision, "
-                                         f"NAME being one of {', '.join(SOURCES)}")
+    if name not in TRAINING or not path:
+        raise argparse.ArgumentTypeError(
+            f"expected NAME=PATH or NAME=hub:owner/name@revision with one of the names "
+            f"{', '.join(TRAINING)}, got {text!r}"
+        )
     return [name, path]
 
 
-def json_object(text):
-    with contextlib.suppress(ValueError):
-        if isinstance(value := json.loads(text), dict):
-            return value
-    raise argparse.ArgumentTypeError(f"{text!r} is no JSON object; legal, for example: '{{\"top_p\": 0.9, \"seed\": null}}'")
-
-
-def at_least(least, kind=int):
-    def number(text):
-        if not least <= (value := kind(text)) < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text}; legal: {least} or more")
-        return value
-    return number
-
-
-class Help(argparse.RawDescriptionHelpFormatter):
-    """The docstring as it stands; a flag's default behind its help, where it has one."""
-
-    def _get_help_string(self, action):
-        none = action.default is None or action.default is False or action.default in ([], {}, argparse.SUPPRESS)
-        return action.help + ("" if none else " [%(default)s]")
-
-
-def command_line(doc):
-    """A stage's parser. @file stands for the flags in it, several on a line; # begins a comment."""
-    p = argparse.ArgumentParser(description=doc, formatter_class=Help, fromfile_prefix_chars="@")
-    p.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
-    return p
-
-
 def parser():
-    p = command_line(__doc__)
-    g = p.add_argument_group("data")
-    g.add_argument("--data", type=source, nargs="+", action="extend", required=True, metavar="NAME=PATH",
-                   help=f"sources: {', '.join(SOURCES)}; PATH: the download's folder, one of its files, or hub:owner/name@revision")
-    g.add_argument("--others", type=at_least(0), default=100_000, help="pairs drawn of all but MM-RLHF, which is taken whole (section 3.2)")
-    g.add_argument("--limit", type=at_least(1), help="only so many pairs, of the whole mix at random; default: all")
-    g.add_argument("--seed", type=int, default=0, help="of the sample, the order, and which answer is shown first")
-    g.add_argument("--both_orders", action="store_true", help="each pair also with its answers swapped; marks contradicted pairs (ours)")
-    g.add_argument("--decontaminate", nargs="+", default=[], metavar="FILE",
-                   help="benchmark files; training pairs with their ids, texts or pictures are dropped (ours)")
-    g.add_argument("--out", default="out/annotate", help="folder for everything that is written")
-    g = p.add_argument_group("annotator")
-    g.add_argument("--mode", choices=("judge", "critique"), default="judge", help="critique: critic.jsonl from the same mix (deviation 8)")
-    g.add_argument("--base_url", default="https://api.openai.com/v1", help="any OpenAI-compatible endpoint; key in OPENAI_API_KEY")
-    g.add_argument("--model", default="gpt-4o", help="as the endpoint calls it")
-    g.add_argument("--temperature", type=at_least(0, float), default=0.0, help="0 in the paper (deviation 1)")
-    g.add_argument("--max_tokens", type=at_least(1), default=2048, help="of a reply (ours)")
-    g.add_argument("--max_pixels", type=at_least(1), default=1_003_520, help="larger pictures are sent scaled down (ours)")
-    g.add_argument("--max_frames", type=at_least(1), default=8, help="of a video, evenly spaced (ours)")
-    g.add_argument("--request", type=json_object, default={}, metavar="JSON",
-                   help='fields to add to each request; null takes one out: {"max_tokens": null, "max_completion_tokens": 2048}')
-    g = p.add_argument_group("sending; may change when a stopped run goes on")
-    g.add_argument("--concurrency", type=at_least(1), default=32, help="requests at a time")
-    g.add_argument("--timeout", type=at_least(0.1, float), default=180.0, help="seconds without a sign of the endpoint")
-    g.add_argument("--retries", type=at_least(0), default=12, help="of a request, up to a minute apart; then its pair is for the next run")
-    g.add_argument("--price", type=at_least(0, float), nargs=2, default=[2.5, 10.0], metavar=("IN", "OUT"),
-                   help="dollars a million tokens, for the report; the default was gpt-4o's")
+    p = flags.command_line(__doc__)
+    add_data_flags(p.add_argument_group("data").add_argument)
+    add_annotator_flags(p.add_argument_group("annotator").add_argument)
+    sending = p.add_argument_group("sending; may change when a stopped run continues")
+    add_sending_flags(sending.add_argument)
     return p
 
 
-def run(args):
-    from tqdm import tqdm
+def add_data_flags(add):
+    add(
+        "--data",
+        type=data_source,
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="NAME=PATH",
+        help=f"data sets, by name: {', '.join(TRAINING)}; PATH is the download's folder, one of "
+        "its files, or hub:owner/name@revision",
+    )
+    others_help = "pairs to draw from all but MM-RLHF, which is taken whole (section 3.2)"
+    add("--others", type=at_least(0), default=100_000, help=others_help)
+    add(
+        "--limit", type=at_least(1), help="pairs to take from the whole mix at random; default: all"
+    )
+    add("--seed", type=int, default=0, help="of the sample, the order, which response comes first")
+    both_help = "annotate each pair also with its responses swapped, mark contradicted pairs (ours)"
+    add("--both_orders", action="store_true", help=both_help)
+    files_help = "benchmarks; training pairs with their ids, texts or pictures are dropped (ours)"
+    add("--decontaminate", nargs="+", default=[], metavar="FILE", help=files_help)
+    add("--out", default="out/annotate", help="folder for everything that is written")
 
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    counts, mixed = mix(args, out), out / "mix.jsonl"
-    asked = ("mode", "model", "temperature", "max_tokens", "max_pixels", "max_frames", "request")
-    prompt = JUDGING_PROMPT if args.mode == "judge" else CRITIQUE_PROMPT
-    digest = lambda data: hashlib.sha256(data).hexdigest()[:12]
-    config = {k: vars(args)[k] for k in asked} | {"prompt": digest(prompt.encode()), "pairs": digest(mixed.read_bytes())}
-    endpoint = Endpoint(args.base_url, args.timeout, args.retries)
-    total = sum(n.get("taken", 0) for n in counts.values()) * (2 if args.both_orders else 1)
-    with open(out / ("journal.jsonl" if args.mode == "judge" else "journal-critique.jsonl"), "a+b") as file:
-        journal = Journal(file, config)
-        with tqdm(total=total, desc=args.mode, unit=" pairs", smoothing=0.05, mininterval=1) as bar:
-            left = asyncio.run(annotate(each_pair(mixed), journal, endpoint, args, bar))
-        pairs = lambda: annotated(mixed, journal, args)
-        if args.mode == "critique":
-            write_pairs(out / "critic.jsonl", (pair for pair in pairs() if len(pair["critiques"]) == 2))
-        else:
-            for name, attempts in SETS.items():
-                write_pairs(out / f"{name}.jsonl", (pair for pair in pairs() if pair["attempts"] in attempts))
-            report(out, counts, journal, pairs(), args)
-    print(f"sent again: {dict(endpoint.retried) or 'nothing'}")
-    if left:
-        raise Unusable(f"{left} of {total} pairs got no answer (see above); the same command asks for these again, and for nothing else")
+
+def add_annotator_flags(add):
+    mode_help = "critique: write critic.jsonl from the same mix (deviation 8)"
+    add("--mode", choices=("judge", "critique"), default="judge", help=mode_help)
+    url_help = "any OpenAI-compatible server; its key in OPENAI_API_KEY"
+    add("--base_url", default="https://api.openai.com/v1", help=url_help)
+    add("--model", default="gpt-4o", help="its name at the server")
+    add("--temperature", type=at_least(0, float), default=0.0, help="0 in the paper (deviation 1)")
+    add("--max_tokens", type=at_least(1), default=2048, help="of a reply (ours)")
+    pixels_help = "larger pictures are sent scaled down (ours)"
+    add("--max_pixels", type=at_least(1), default=1_003_520, help=pixels_help)
+    add("--max_frames", type=at_least(1), default=8, help="of a video, evenly spaced (ours)")
+    request_help = (
+        "fields to add to each request; null removes one: "
+        '{"max_tokens": null, "max_completion_tokens": 2048}'
+    )
+    add("--request", type=flags.json_object, default={}, metavar="JSON", help=request_help)
+
+
+def add_sending_flags(add):
+    add("--concurrency", type=at_least(1), default=32, help="requests at a time")
+    timeout_help = "seconds without a sign of the server"
+    add("--timeout", type=at_least(0.1, float), default=180.0, help=timeout_help)
+    retries_help = "of a request, up to 8 seconds apart; then its pair is left for the next run"
+    add("--retries", type=at_least(0), default=60, help=retries_help)
+    add(
+        "--price",
+        type=at_least(0, float),
+        nargs=2,
+        default=[2.5, 10.0],
+        metavar=("IN", "OUT"),
+        help="dollars for a million tokens, for the report; the default was gpt-4o's",
+    )
 
 
 def main(words=None):
     args = parser().parse_args(words)
-    try:
-        run(args)
-    except (Unusable, FileNotFoundError) as problem:
-        raise SystemExit(f"annotate.py: {problem}")
-    except KeyboardInterrupt:
-        raise SystemExit("annotate.py: stopped; every reply that arrived is kept, and the same command goes on from here")
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    mixed = out / "mix.jsonl"
+
+    counts = finished_mix(args, out)
+    if counts is None:
+        # 1. Collect: every source's rows as pairs, their pictures checked
+        collected = collect(args.data, out)
+        # 2. Mix: draw, shuffle and swap them into mix.jsonl
+        counts = mix(collected, args, out)
+    orders = 2 if args.both_orders else 1
+    total = orders * sum(outcomes.get("taken", 0) for outcomes in counts.values())
+
+    endpoint = Endpoint(args.base_url, args.timeout, args.retries)
+    journal_name = "journal.jsonl" if args.mode == "judge" else "journal-critique.jsonl"
+    with files.Journal(out / journal_name) as journal:
+        replies = Replies(journal, reply_settings(mixed, args))
+        # 3. Annotate: ask for every reply that the journal does not have yet
+        unanswered = annotate(mixed, replies, endpoint, total, args)
+        # 4. Write: the sets and the report
+        write(mixed, replies, counts, args, out)
+
+    print(f"sent again: {dict(endpoint.retried) or 'nothing'}")
+    if unanswered:
+        raise InputError(
+            f"{unanswered} of {total} pairs got no answer (see above); the same command asks for "
+            "these again, and for nothing else"
+        )
 
 
 if __name__ == "__main__":
-    main()
+    flags.run_stage("annotate.py", main)

@@ -1,466 +1,522 @@
-"""
-Stage 5: what a reward model is for (section C.9). A smaller MLLM answers questions, the reward model compares its answers, and
-GRPO trains it on who won.
+r"""
+Stage 5: what a reward model is for (section C.9). A smaller MLLM answers questions, the reward
+model compares its answers, and GRPO trains it on who won. One step, in the order of train():
 
-    1. rollout        8 answers a prompt, sampled by vLLM from this very policy, at temperature 1, --chunk prompts at a time
-    2. score          all 8 x 7 ordered pairs of a prompt's answers go to the reward model (while the next chunk is sampled)
-    3. advantages     GRPO: against the other answers of the same prompt
-    4. to 8.          old log-probs, update, sync, comparison of the engines: rl.py's
+    1. roll out     8 answers to a prompt, by vLLM, at temperature 1, --chunk prompts at a time
+    2. score        all 8 x 7 ordered pairs of a prompt's answers go to the reward model, while the
+                    next chunk is sampled
+    3. the rest     as in rl.py, with GRPO: against the other answers to the same prompt
 
-The reward. p_ij is the reward model's verdict for r_i when the pair is shown as (r_i, r_j): with --verdict reason 1 or 0, read
-from the reasoning it writes; with --verdict token the share of "1" in the probabilities of "1" and "2" after an empty thought,
-one token and no reasoning. Eq. 3 and its normalisation, which the paper does not print:
+The reward. p_ij is the reward model's verdict for answer i when the pair is shown as (i, j): with
+--verdict reason 1 or 0, from the reasoning it writes; with --verdict token the share of "1" in the
+probabilities of "1" and "2" after an empty thought, one token and no reasoning. Eq. 3 and its
+normalisation, which the paper does not print:
 
-    s_ij = (p_ij + 1 - p_ji) / 2        Score(r_i) = sum over j != i of s_ij        reward = Score(r_i) / (n - 1) + w * exact match
+    s_ij = (p_ij + 1 - p_ji) / 2        Score_i = sum over j != i of s_ij
+    reward_i = Score_i / (n - 1) + --exact_weight * exact match
 
-A reward model that leans to the first place adds the same b to p_ij and to p_ji, and s_ij loses it; what sees nothing but the
-place (p_ij = b always) gives every answer 1/2 a duel. s_ij + s_ji = 1: the scores of a prompt always have the same mean, and only
-their spread teaches. It is logged (spread; flat: the share of prompts that teach nothing), and so is judge_right, how often
-the right answer beats a wrong one.
+A reward model that leans to the first place adds the same to p_ij and to p_ji, and s_ij loses it;
+one that sees nothing but the place gives every answer 1/2. Since s_ij + s_ji = 1, the scores of a
+prompt always have the same mean, and only their spread teaches. The log has it (spread; flat: the
+share of prompts that teach nothing), and judge_right: how often the right answer beats a wrong one.
 
-Where the paper is silent: 1) equal answers of a prompt are one answer, judged once; between them s = 1/2; 2) a duel in which either
-order has no verdict is a draw; 3) an answer that is empty or cut off loses to every whole one, unasked; 4) a batch of 256 is 256
-prompts; 5) temperature 0 for the reward model. Beyond it: 6) --pairs ring|k: only neighbours on a ring of the different answers,
-up to k apart, 2kn calls for n(n-1); Score is then (n - 1) times the mean over the answers that were compared. With --pairs all the log
-has the rank correlation that a ring would have had; 7) --exact_weight w mixes in the ground truth; 8) --judge random and exact.
+Where the paper is silent:
+1) equal answers to a prompt are one answer, judged once; between them s = 1/2
+2) a duel in which either order has no verdict is a draw
+3) an answer that is empty or cut off loses to every complete one, without asking
+4) a batch of 256 is 256 prompts
+5) temperature 0 for the reward model
+Beyond the paper:
+6) --pairs ring or k: only neighbours on a ring of the different answers, up to k apart, 2kn calls
+   in place of n(n-1); Score is then (n - 1) times the mean over the answers that were compared.
+   With --pairs all the log has the rank correlation that a ring would have had
+7) --exact_weight mixes in the ground truth
+8) --judge random and --judge exact
 
-The toy: the reward model of rl.py behind a vLLM server, in another terminal; a policy that is careless, not blind (toy/careless.py):
-$ VLLM_CPU_KVCACHE_SPACE=1 python -m vllm.entrypoints.openai.api_server --model out/toy/rl --dtype float32 --enforce-eager \
-    --max-model-len 1024 --host 127.0.0.1 --port 8020
+The toy: the reward model of rl.py behind a vLLM server, in another terminal; a policy that is
+careless, not blind (toy/careless.py):
+$ VLLM_CPU_KVCACHE_SPACE=1 python -m vllm.entrypoints.openai.api_server --model out/toy/rl \
+    --dtype float32 --enforce-eager --max-model-len 1024 --host 127.0.0.1 --port 8020
 $ python toy/careless.py --out out/toy/careless
 $ python downstream_grpo.py @toy/downstream.args
-One node with 4 GPUs of 80 GB for the policy and a server on others, the paper's setting (not yet run at this scale):
-$ torchrun --nproc_per_node=4 downstream_grpo.py --data 'V*=data/vstar_bench' arXivQA=data/ArxivQA ThinkLite-VL=data/ThinkLite-VL-hard-11k \
-    --judge_url http://judge:8000/v1 --judge_model out/rl --judge_concurrency 256 --out out/downstream
+One node with 4 GPUs of 80 GB for the policy and a server on others, the paper's setting (not yet
+run at this scale):
+$ torchrun --nproc_per_node=4 downstream_grpo.py --data 'V*=data/vstar_bench' \
+    arXivQA=data/ArxivQA ThinkLite-VL=data/ThinkLite-VL-hard-11k \
+    --judge_url http://judge:8000/v1 --judge_model out/rl --judge_concurrency 256 \
+    --out out/downstream
 
-Reads  --model (see sft.py), --data (FORMATS below: question, pictures, ground truth), the reward model behind --judge_url.
-Writes --out: the model, log.jsonl (a row a step), rollouts-*.jsonl (answers, scores), curves.png, checkpoints/, images/.
+Reads  --model (see sft.py), --data (a file in sources/ for each kind of task), the reward model
+       behind --judge_url.
+Writes --out: the model, log.jsonl (a row for each step), rollouts-*.jsonl (answers, scores),
+       curves.png, checkpoints/, images/.
 """
+
 import argparse
+import asyncio
 import json
 import math
-import os
-import re
 import sys
-from collections import Counter, namedtuple
-from functools import lru_cache
+from collections import Counter
+from functools import lru_cache, partial
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
 
-from annotate import Unanswered, Unusable, as_sent, command_line, keep, locate, messages, table_rows, turn
-from judge import ConsistencyJudge, coin
-from rl import (FREE, Clock, Shown, advantages_of, compare, compare_now, fitting, learn, loop_flags, means, mini_batches, of_updates,
-                old_logps, prepare, rewards_or_stop, rollout, sample, seed_of, shares, validate)
-from sft import Log, checkpoints, end_run, header, load_processor, reduced, resumed, save_checkpoint, setup, to_sample
+import judge as judging
+import rl
+import toy.cpu
+from core import endpoint, flags, metrics, pairs, prompts, rl_flags, runs
+from core import trainer as training
+from core.duels import duel, finished_answer, make_contest, score
+from core.encoding import load_processor
+from core.exact_match import exact
+from core.seeds import seed_from, uniform_from
+from sources import TASKS, reading
 from stable_reinforce import parse
 
-# ---------------------------------------------------------------------------------------------------
-# Tasks: {"id", "source", "question", "images", "video", "answer"}. A format's function makes of a row {id, question, answer, images}.
+# --------------------------------------------------------------------------------------------------
+# Tasks
 
 
-def plain(row, number, folder):
-    """A file of one's own: a line has question and answer, perhaps id, image or images."""
-    images = row.get("images") or row.get("image") or []
-    return {"id": row.get("id", f"task-{number}"), "question": row["question"], "answer": str(row["answer"]),
-            "images": images if isinstance(images, list) else [images]}
-
-
-def vstar(row, number, folder):
-    return {"id": f"V*-{row['question_id']}", "question": row["text"], "answer": row["label"], "images": [row["image"]]}
-
-
-def arxivqa(row, number, folder):
-    """The label is a letter, a letter in brackets, or the whole option; an option may lack its letter."""
-    options = [o if re.match(rf"\(?{letter}[.):]", o) else f"{letter}. {o}" for letter, o in zip("ABCDEFGHIJ", row["options"])]
-    said = re.match(r"[\[(]?([A-J])(?![a-zA-Z])", row["label"].strip())
-    found = "ABCDEFGHIJ".index(said[1]) if said else row["options"].index(row["label"]) if row["label"] in row["options"] else len(options)
-    if found >= len(options):
-        return "no label"
-    question = "\n".join([row["question"], *options, "Answer with the option's letter from the given choices directly."])
-    return {"id": f"arXivQA-{row['id']}", "question": question, "answer": "ABCDEFGHIJ"[found], "images": [row["image"]]}
-
-
-def thinklite(row, number, folder):
-    question = row["problem"].replace("<image>", "").strip()
-    return {"id": f"ThinkLite-VL-{row['id']}", "question": question, "answer": str(row["answer"]), "images": [row["image"]]}
-
-
-FORMATS = {  # name: (what reads a row, where the rows are in the download, the fields each has)
-    "tasks": (plain, ["*.jsonl"], "question answer"),
-    "V*": (vstar, ["test_questions.jsonl"], "question_id text label image"),
-    "arXivQA": (arxivqa, ["arxivqa.jsonl"], "id question options label image"),
-    "ThinkLite-VL": (thinklite, ["*.parquet", "data/*.parquet"], "id problem answer image"),
-}
-
-
-def read_tasks(files, out, limit=None):
-    """[(name, path), ...] -> tasks. Rows without their picture or ground truth are dropped, and counted on stderr."""
+def read_tasks(data, out, limit=None):
+    """Tasks of [(name, path), ...]. Rows without their image are dropped, and counted on stderr."""
     tasks, dropped = [], Counter()
-    for name, path in files:
-        read, patterns, fields = FORMATS[name]
-        folder = path if os.path.isdir(path) else os.path.dirname(path)
-        for number, (where, row) in enumerate(table_rows(path, patterns)):
-            lacks = [f for f in fields.split() if not isinstance(row, dict) or row.get(f) is None]
-            if lacks:
-                raise Unusable(f"{where} has no {', '.join(lacks)}; legal for {name}: an object with {', '.join(fields.split())}")
-            task = read(row, number, folder)
-            if isinstance(task, str):
-                dropped[f"{name}: {task}"] += 1
-                continue
-            images = [keep(i, out / "images")[0] if isinstance(i, bytes) else locate(folder, i) for i in task["images"]]
-            if not all(i and os.path.isfile(i) for i in images):
-                dropped[f"{name}: missing image"] += 1
-                continue
-            tasks.append(task | {"source": name, "images": images, "video": None})
+    for name, path in data:
+        for _, task in reading.read_records(TASKS[name], path):
+            try:
+                if isinstance(task, reading.Dropped):
+                    raise task
+                task.images = [image_file(image, out) for image in task.images]
+                tasks.append(task)
+            except reading.Dropped as reason:
+                dropped[f"{name}: {reason}"] += 1
     if dropped:
         print(f"dropped: {dict(dropped)}", file=sys.stderr)
     if not tasks:
-        raise Unusable(f"no task in {files}; legal: NAME=PATH with NAME one of {', '.join(FORMATS)}, "
-                       "or the path of a JSONL file of question and answer")
+        raise pairs.InputError(
+            f"no task in {data}; expected NAME=PATH with NAME one of {', '.join(TASKS)}, or the "
+            "path of a JSONL file of question and answer"
+        )
     return tasks[:limit]
 
 
-def exact(text, answer):
-    """
-    Is the ground truth what was answered? Looks into the last <answer> or \\\\boxed{} if there is one; of an option the letter counts.
-
-    >>> exact("Red.", "red"), exact("It is red.", "red"), exact("Hence <answer>(B) two</answer>", "B"), exact("1,200", "1200.0")
-    (1.0, 0.0, 1.0, 1.0)
-    """
-    said = (re.findall(r"<answer>(.*?)</answer>|\\boxed\{([^{}]*)\}", text, re.S) or [(text, "")])[-1]
-    said, true = (re.sub(r"(?<=\d),(?=\d{3})", "", t).strip().rstrip(".").casefold() for t in (said[0] or said[1], answer))
-    if re.fullmatch("[a-j]", true) and (letter := re.match(r"\(?([a-j])(?:[).:]|$)", said)):
-        said = letter[1]
-    number = r"-?\d+(\.\d+)?"
-    return float(said == true or bool(re.fullmatch(number, said) and re.fullmatch(number, true)) and float(said) == float(true))
+def image_file(image, out):
+    """The image's path; bytes become a file. Files are not decoded here: there are too many."""
+    if isinstance(image, bytes):
+        try:
+            image, _ = reading.store_picture(image, out / "images")
+        except reading.BadPicture as problem:
+            raise reading.Dropped(problem.reason) from None
+    if image is None or not Path(image).is_file():
+        raise reading.Dropped("missing image")
+    return image
 
 
-# ---------------------------------------------------------------------------------------------------
-# 2. Score: duels, the reward model, Eq. 3
+def task_turns(task):
+    return pairs.user_turn(task.images, task.video, task.question)
 
 
-def duels(m, pairs):
-    """
-    Which of m different answers are compared: all pairs, or neighbours on a ring up to k apart. Each is judged in both orders.
-
-    >>> duels(3, "all"), duels(5, "ring"), len(duels(8, "all")), len(duels(8, 2))
-    ([(0, 1), (0, 2), (1, 2)], [(0, 1), (0, 4), (1, 2), (2, 3), (3, 4)], 28, 16)
-    """
-    k = m - 1 if pairs == "all" else min(m - 1, 1 if pairs == "ring" else pairs)
-    return sorted({tuple(sorted((i, (i + d) % m))) for i in range(m) for d in range(1, k + 1)})
+# --------------------------------------------------------------------------------------------------
+# The reward model
 
 
-def scores(p, counts, pairs):
-    """
-    Eq. 3, for m different answers of which answer a was given counts[a] times: (m,) float64. p[a, b] in [0, 1]: a shown first
-    beats b; NaN: no verdict. Between equal answers s = 1/2.
-
-    >>> p = torch.tensor([[0., 1., 1.], [1., 0., 1.], [0., 0., 0.]])   # 0 and 1: always the first; both beat 2
-    >>> scores(p, torch.tensor([1, 1, 1]), "all").tolist(), scores(p, torch.tensor([2, 1, 1]), "all").tolist()
-    ([1.5, 1.5, 0.0], [2.0, 2.0, 0.0])
-    """
-    m, n = len(counts), counts.sum()
-    s = ((p.double() + 1 - p.double().T) / 2).nan_to_num(0.5)  # NaN in either order: a draw
-    met = torch.eye(m, dtype=torch.bool)
-    for a, b in duels(m, pairs):
-        met[a, b] = met[b, a] = True
-    weight = met * (counts - torch.eye(m))  # (m, m) how many others of the n gave b
-    s.fill_diagonal_(0.5)
-    return (n - 1) * (weight * s).sum(1) / weight.sum(1).clamp_min(1)
-
-
-def rank_correlation(x, y):
-    """
-    Spearman's, ties sharing their mean rank; None where either is flat.
-
-    >>> x = torch.tensor([1., 5., 9.])
-    >>> rank_correlation(torch.tensor([1., 2., 3.]), x), rank_correlation(torch.tensor([1., 1., 1.]), x)
-    (1.0, None)
-    """
-    x, y = x.double().round(decimals=6), y.double().round(decimals=6)  # sums of the same scores in another order are ties
-    x, y = (((v[:, None] > v).sum(1) + ((v[:, None] == v).sum(1) - 1) / 2).double() for v in (x, y))
-    x, y = x - x.mean(), y - y.mean()
-    size = (x.norm() * y.norm()).item()
-    return round((x @ y).item() / size, 6) if size else None
-
-
-Duel = namedtuple("Duel", "question images first second answer")  # as shown; it is the key under which the verdict is kept
-PREFIX = "<think></think><answer>"  # --verdict token: what comes next is the verdict
+EMPTY_THOUGHT = "<think></think><answer>"  # --verdict token: the verdict comes next
 
 
 class RewardModel:
-    """What judge.ConsistencyJudge asks in place of an endpoint: a duel in, the probability of its first answer out, as a text."""
-
-    def __init__(self, endpoint, args):
-        self.endpoint, self.args = endpoint, args
-        alone = lambda images: turn({"images": images, "video": None}, "")
-        self.pictures = lru_cache(1024)(lambda images: as_sent(alone(images), args.max_pixels or 2**62, 0)[0]["content"][:-1])
-
-    async def ask(self, model, turns, **_):
-        duel, = (t["content"] for t in turns)
-        pair = {"question": duel.question, "images": (), "video": None, "responses": (duel.first, duel.second)}
-        shown = [{"role": "user", "content": self.pictures(duel.images) + messages(pair)[0]["content"]}]
-        if self.args.verdict == "reason":
-            reply = await self.endpoint.ask(model, shown, temperature=0, max_tokens=self.args.judge_tokens)
-            choice = parse(reply["text"]).choice
-            return reply | {"text": "none" if choice is None else str(2.0 - choice)}
-        # the reply is made to begin with PREFIX; one token follows (vLLM continues an assistant's turn so)
-        shown.append({"role": "assistant", "content": PREFIX})
-        reply = await self.endpoint.ask(model, shown, temperature=0, max_tokens=1, logprobs=True, top_logprobs=20,
-                                        add_generation_prompt=False, continue_final_message=True)
-        if not reply.get("likeliest"):
-            raise Unanswered("the reply has no log-probabilities, which --verdict token asks for", False)
-        seen = {token.strip(): math.exp(logp) for token, logp in reversed(reply["likeliest"][0].items())}  # of "1" and " 1" the likelier
-        one, two = seen.get("1", 0.0), seen.get("2", 0.0)
-        # a server tells of its 20 likeliest tokens: of a digit among the rest nothing is known
-        known = {"1", "2"} <= seen.keys() or one + two > 0.5
-        return reply | {"text": str(one / (one + two)) if known else "none"}
-
-
-class Duels(ConsistencyJudge):
-    """judge.py's judge, for duels: concurrent, each different duel asked once, patient, and dead when nothing comes."""
+    """Duels: the probability that the first answer is better, NaN for no verdict."""
 
     def __init__(self, args, seed=0):
-        super().__init__(args, seed)
-        self.endpoint = RewardModel(self.endpoint, args) if args.judge == "model" else None
+        self.args = args
+        self.seed = seed
+        self.counts = judging.new_counts()
+        self.loop = endpoint.background_loop()
+        self.images = lru_cache(1024)(self.encode_images)
+        if args.judge == "model":
+            read = read_verdict if args.verdict == "reason" else read_token
+            self.questions = judging.Questions(args, self.counts, self.request, read)
+
+    def submit(self, asked):
+        """A future of the probabilities of these duels, which are asked in another thread."""
+        return asyncio.run_coroutine_threadsafe(self.judge(asked), self.loop)
 
     async def judge(self, asked):
-        """Probabilities that the first answer is better; NaN: no verdict."""
         self.counts["asked"] += len(asked)
         if self.args.judge == "model":
-            if len(self.cache) > 200_000:  # some 500 MB of long answers
-                self.cache.clear()
-            unparsable = self.counts["unparsable"]
-            await self.ask(asked)
-            said = [self.cache.get(d, "none") for d in asked]
-            self.counts["unparsable"] = unparsable + sum(self.cache.get(d) == "none" for d in asked)
-            said = [math.nan if text == "none" else float(text) for text in said]
+            answers = await self.ask_model(asked)
         elif self.args.judge == "random":
-            said = [float(coin(self.seed, "coin", d) < 0.5) for d in asked]
+            answers = [float(uniform_from(self.seed, "coin", duel) < 0.5) for duel in asked]
         else:
-            said = [(1 + exact(d.first, d.answer) - exact(d.second, d.answer)) / 2 for d in asked]
-        return [1 - p if coin(self.seed, "noise", d) < self.args.judge_noise else p for d, p in zip(asked, said)]
+            answers = [exact_verdict(duel) for duel in asked]
+        return [self.with_noise(duel, p) for duel, p in zip(asked, answers)]
 
-
-def whole(row):
-    """The answer that is compared, or None: there is none."""
-    return row["text"].strip() if row["finish"] == "stop" and row["text"].strip() else None
-
-
-def score(rows, judge, args):
-    """Asks for the duels of these rows, whole prompts. Returns finish() -> [(rewards of a prompt's rows (n,), what to log of it), ...]."""
-    asked, plans = [], []
-    for start in range(0, len(rows), args.samples):
-        group = rows[start:start + args.samples]
-        answers = list(dict.fromkeys(map(whole, group)))
-        task, pairs = group[0]["pair"], duels(len(answers), args.pairs)
-        # neighbours in the queue share pictures, question and first answer: the server has their prefix in its cache
-        calls = [(a, b) for a, b in sorted(pairs + [(b, a) for a, b in pairs]) if None not in (answers[a], answers[b])]
-        plans.append((group, answers, calls, len(asked)))
-        asked += [Duel(task["question"], tuple(task["images"]), answers[a], answers[b], task["answer"]) for a, b in calls]
-    pending = judge.submit(asked)
-
-    def finish():
-        said, found = pending.result(), []
-        for group, answers, calls, at in plans:
-            given = [answers.index(whole(row)) for row in group]  # (n,)
-            p = torch.full((len(answers),) * 2, math.nan, dtype=torch.float64)
-            for a, answer in enumerate(answers):
-                if answer is None:  # it loses
-                    p[a], p[:, a] = 0.0, 1.0
-            for (a, b), value in zip(calls, said[at:at + len(calls)]):
-                p[a, b] = value
-            counts = torch.bincount(torch.tensor(given))
-            won = scores(p, counts, args.pairs)
-            right = torch.tensor([exact(answer or "", group[0]["pair"]["answer"]) for answer in answers], dtype=torch.float64)
-            share = won[given] / (args.samples - 1)
-            duel = [((p[a, b] + 1 - p[b, a]) / 2).item() for a, b in duels(len(answers), args.pairs) if right[a] != right[b]
-                    for a, b in [(a, b) if right[a] else (b, a)]]
-            ring = rank_correlation(share, scores(p, counts, "ring")[given]) if args.pairs == "all" else None
-            rewards = share + args.exact_weight * right[given]
-            found.append((rewards, {
-                "score": share, "exact": right[given], "distinct": len(answers), "duels": len(calls),
-                "spread": share.std(unbiased=False).item(), "flat": float(rewards.max() == rewards.min()),
-                "no_verdict": sum(math.isnan(v) for v in said[at:at + len(calls)]),
-                "judge_right": [0.5 if math.isnan(v) else v for v in duel], "ring_rank": [] if ring is None else [ring]}))
+    async def ask_model(self, asked):
+        if len(self.questions.answers) > 200_000:  # some 500 MB of long answers
+            self.questions.answers.clear()
+        answers = await self.questions.ask(asked)
+        found = [answers.get(duel, math.nan) for duel in asked]
+        self.counts["unparsable"] += sum(math.isnan(answers.get(duel, 0.0)) for duel in asked)
         return found
 
-    return finish
+    def with_noise(self, duel, p):
+        """--judge_noise: that share of the verdicts is flipped."""
+        flipped = uniform_from(self.seed, "noise", duel) < self.args.judge_noise
+        return 1 - p if flipped else p
+
+    def request(self, duel):
+        """The chat turns of a duel, and the other fields of the call."""
+        pair = pairs.Pair("", "", duel.question, [], None, [duel.first, duel.second], choice=1)
+        (turn,) = pairs.judging_turns(pair)
+        turns = [turn | {"content": self.images(duel.images) + turn["content"]}]
+        if self.args.verdict == "reason":
+            return turns, {"temperature": 0, "max_tokens": self.args.judge_tokens}
+        # vLLM continues the assistant's turn
+        turns.append({"role": "assistant", "content": EMPTY_THOUGHT})
+        return turns, {
+            "temperature": 0,
+            "max_tokens": 1,
+            "logprobs": True,
+            "top_logprobs": 20,
+            "add_generation_prompt": False,
+            "continue_final_message": True,
+        }
+
+    def encode_images(self, images):
+        turns = pairs.user_turn(list(images), None, "")
+        return endpoint.to_openai(turns, self.args.max_pixels or 2**62, 0)[0]["content"][:-1]
 
 
-# ---------------------------------------------------------------------------------------------------
-# Held-out tasks, the log
+def read_verdict(reply):
+    choice = parse(reply.text).choice
+    return math.nan if choice is None else 2.0 - choice
 
 
-def turns(task):
-    return turn(task, task["question"])
+def read_token(reply):
+    if not reply.top_logprobs:
+        raise endpoint.NoReply("the reply has no log-probabilities, which --verdict token needs")
+    probabilities = {}
+    for token, logp in reply.top_logprobs[0].items():
+        digit = token.strip()  # of "1" and " 1" the likelier one
+        probabilities[digit] = max(probabilities.get(digit, 0.0), math.exp(logp))
+    one, two = probabilities.get("1", 0.0), probabilities.get("2", 0.0)
+    # the server lists its 20 likeliest tokens: of a digit among the rest nothing is known
+    known = {"1", "2"} <= probabilities.keys() or one + two > 0.5
+    return one / (one + two) if known else math.nan
 
 
-def prompt(processor, task):
-    return to_sample(processor, turns(task))
+def exact_verdict(duel):
+    return (1 + exact(duel.first, duel.answer) - exact(duel.second, duel.answer)) / 2
 
 
-def held_out(engine, processor, tasks, judge, state, args, save):
-    """Exact match, greedy and at temperature 1; win rate of the greedy answers over those before training, in both orders."""
-    prompts, out = [prompt(processor, task) for task in tasks], {}
+# --------------------------------------------------------------------------------------------------
+# 2. Score
+
+
+def start_contests(samples, reward_model, args):
+    """Ask for the duels of these samples, whole prompts: (contests, a future of their verdicts)."""
+    contests, asked = [], []
+    for start in range(0, len(samples), args.samples):
+        contest = make_contest(samples[start : start + args.samples], args.pairs)
+        contests.append(contest)
+        asked += contest.duels()
+    return contests, reward_model.submit(asked)
+
+
+def finish_contests(started):
+    """The contests of all chunks, when the last verdict is there."""
+    finished = []
+    for contests, pending in started:
+        verdicts = iter(pending.result())
+        for contest in contests:
+            contest.verdicts = list(islice(verdicts, len(contest.calls)))
+        finished += contests
+    return finished
+
+
+# --------------------------------------------------------------------------------------------------
+# Held-out tasks and the log
+
+
+def held_out_accuracy(run, tasks, reward_model, state, save):
+    """Exact match, greedy and at temperature 1; wins of the greedy answers over the first ones."""
+    batch = prompts.encode_prompts(tasks, task_turns, run.processor)
+    seeds = [seed_from("eval", task.id) for task in tasks]
+    figures = {}
     for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
-        seeds = [seed_of("eval", task["id"]) for task in tasks]
-        rows = rollout(engine, processor, tasks, prompts, seeds, 1, temperature, args.max_new_tokens)
-        right, n = reduced([sum(exact(whole(row) or "", row["pair"]["answer"]) for row in rows), len(rows)])
-        out[f"eval_{name}"] = right / max(1, n)
-    now = list(map(whole, rows))
+        samples = rl.sample_responses(run, batch, seeds, 1, temperature)
+        now = [finished_answer(sample) for sample in samples]
+        right = sum(exact(answer or "", task.answer) for answer, task in zip(now, tasks))
+        right, n = training.all_reduce([right, len(tasks)])
+        figures[f"eval_{name}"] = right / max(1, n)
     before = state.setdefault("before", now)
-    met = [i for i, (a, b) in enumerate(zip(now, before)) if a != b and None not in (a, b)]
-    asked = [Duel(tasks[i]["question"], tuple(tasks[i]["images"]), *order, tasks[i]["answer"])
-             for i in met for order in ((now[i], before[i]), (before[i], now[i]))]
-    said = rewards_or_stop(judge.submit(asked).result, save)
-    s = dict(zip(met, ((p + 1 - q) / 2 for p, q in zip(said[::2], said[1::2]))))
-    wins = [0.5 if a == b or math.isnan(s.get(i, 0.0)) else float(b is None) if None in (a, b) else s[i]
-            for i, (a, b) in enumerate(zip(now, before))]
-    changed, won = reduced([sum(a != b for a, b in zip(now, before)), sum(wins)])
-    return out | {"eval_win": won / max(1, n), "eval_changed": changed / max(1, n), "eval_n": n}
+    wins = wins_over(now, before, tasks, reward_model, save)
+    changed = sum(a != b for a, b in zip(now, before))
+    changed, won = training.all_reduce([changed, sum(wins)])
+    return figures | {"eval_win": won / max(1, n), "eval_changed": changed / max(1, n), "eval_n": n}
 
 
-def summary(rows, rewards, parts, updates, judge, seconds):
-    """The row of the log: means over all ranks' answers, prompts or duels, as each key has it."""
-    each = lambda key: [v for part in parts for v in (part[key] if isinstance(part[key], list) else [part[key]])]
-    found = means({"reward": rewards, "exact": torch.cat(each("exact")), "length": [len(row["response"]) for row in rows],
-                   "truncated": [row["finish"] == "length" for row in rows],  # of answers
-                   **{key: each(key) for key in ("distinct", "spread", "flat", "ring_rank")},  # of prompts
-                   "judge_right": each("judge_right")})  # of duels
-    duels, silent = reduced([sum(each("duels")), sum(each("no_verdict"))])
-    return found | {"duels": duels, "no_verdict": silent} | of_updates(updates, judge, seconds)
+def wins_over(now, before, tasks, reward_model, save):
+    """For each task the share of the duel, in both orders, that the answer of now wins."""
+    asked = []
+    for new, old, task in zip(now, before, tasks):
+        if new != old and new is not None and old is not None:
+            asked += [duel(task, new, old), duel(task, old, new)]
+    verdicts = rl.wait_or_stop(reward_model.submit(asked).result, save)
+    p = dict(zip(asked, verdicts))
+    wins = []
+    for new, old, task in zip(now, before, tasks):
+        if new == old:
+            wins.append(0.5)
+        elif new is None or old is None:
+            wins.append(float(old is None))
+        else:
+            share = (p[duel(task, new, old)] + 1 - p[duel(task, old, new)]) / 2
+            wins.append(0.5 if math.isnan(share) else share)
+    return wins
 
 
-PANELS = {"exact match": ["exact", "eval_greedy", "eval_sampled"], "win rate over the start": ["eval_win"],
-          "spread of the scores": ["spread"], "share of prompts": ["flat"], "right beats wrong": ["judge_right"],
-          "different answers of a prompt": ["distinct"], "entropy": ["entropy"], "length, tokens": ["length"]}
+def log_row(samples, contests, found, updates, reward_model, seconds):
+    """A step's row of the log: means over all ranks' answers, prompts or duels."""
+    row = metrics.global_means(
+        {
+            "reward": torch.cat([score.rewards for score in found]),
+            "exact": torch.cat([score.exact for score in found]),
+            "length": [len(sample.response_ids) for sample in samples],
+            "truncated": [sample.finish == "length" for sample in samples],
+            # of prompts
+            "distinct": [score.distinct for score in found],
+            "spread": [score.spread for score in found],
+            "flat": [score.flat for score in found],
+            "ring_rank": [score.ring_rank for score in found if score.ring_rank is not None],
+            # of duels
+            "judge_right": list(chain(*(score.judge_right for score in found))),
+        }
+    )
+    calls = sum(len(contest.calls) for contest in contests)
+    no_verdict = sum(score.no_verdict for score in found)
+    row["duels"], row["no_verdict"] = training.all_reduce([calls, no_verdict])
+    return row | metrics.update_metrics(updates, reward_model, seconds)
 
 
-def keep_rollouts(path, step, rows, rewards, parts):
-    said = [[x.item() for part in parts for x in part[key]] for key in ("score", "exact")]
+def write_rollouts(path, step, contests, found):
     with path.open("a", encoding="utf-8") as file:
-        for row, reward, share, right in zip(rows, rewards.tolist(), *said):
-            file.write(json.dumps({"step": step, "id": row["pair"]["id"], "answer": row["pair"]["answer"], "text": row["text"],
-                                   "finish": row["finish"], "exact": right, "score": share, "reward": reward}) + "\n")
+        for contest, result in zip(contests, found):
+            for number, sample in enumerate(contest.samples):
+                row = {
+                    "step": step,
+                    "id": sample.pair.id,
+                    "answer": sample.pair.answer,
+                    "text": sample.text,
+                    "finish": sample.finish,
+                    "exact": result.exact[number].item(),
+                    "score": result.share[number].item(),
+                    "reward": result.rewards[number].item(),
+                }
+                file.write(json.dumps(row) + "\n")
 
 
-# ---------------------------------------------------------------------------------------------------
+PANELS = {
+    "exact match": ["exact", "eval_greedy", "eval_sampled"],
+    "win rate over the start": ["eval_win"],
+    "spread of the scores": ["spread"],
+    "share of prompts": ["flat"],
+    "right beats wrong": ["judge_right"],
+    "different answers to a prompt": ["distinct"],
+    "entropy": ["entropy"],
+    "length, tokens": ["length"],
+}
+
+# --------------------------------------------------------------------------------------------------
 
 
-def source(text):
+def data_flag(text):
     """NAME=PATH -> (name, path); a path alone is a file of tasks."""
-    name, _, path = text.partition("=") if text.partition("=")[0] in FORMATS else ("tasks", "", text)
-    return name, path
+    name, _, path = text.partition("=")
+    return (name, path) if name in TASKS else ("tasks", text)
 
 
 def pairs_flag(text):
-    if text not in ("all", "ring") and not (text.isdecimal() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text!r}; legal: all, ring, or how far apart on the ring, 1 or more")
-    return int(text) if text.isdecimal() else text
+    if text in ("all", "ring"):
+        return text
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(
+        f"expected all, ring, or how far apart on the ring (1 or more), got {text!r}"
+    )
 
 
 def parser():
-    p = command_line(__doc__)
-    add = p.add_argument_group("data").add_argument
-    add("--data", type=source, nargs="+", required=True,
-        metavar="[NAME=]PATH", help=f"tasks to train on; NAME: {', '.join(FORMATS)}; none = tasks")
-    add("--eval_data", type=source, nargs="+", default=[], metavar="[NAME=]PATH", help="held-out tasks; none = no held-out figures")
-    add("--eval_n", type=int, default=500, help="the first so many of them")
-    add("--out", default="out/downstream", help="folder to write; the same command continues from its last checkpoint")
-    add = p.add_argument_group("reward (C.9.1)").add_argument
-    add("--pairs", type=pairs_flag, default="all", help="duels of a prompt: all (the paper), ring, or k neighbours on each side")
-    add("--exact_weight", type=float, default=0.0, help="of the exact match with the ground truth; all duels together weigh 1")
-    add("--chunk", type=int, default=64, help="prompts of a rank that are sampled at once, while the duels of those before are judged")
-    add = p.add_argument_group("reward model").add_argument
-    add("--judge", choices=["model", "random", "exact"], default="model", help="random: a coin; exact: the ground truth, an upper bound")
-    add("--verdict", choices=["reason", "token"], default="reason", help="reason: full reasoning; token: one forced token's probabilities")
-    add("--judge_url", default="http://127.0.0.1:8000/v1", help="OpenAI-compatible endpoint of the reward model; its key in OPENAI_API_KEY")
-    add("--judge_model", default="out/rl", help="its name there; with vLLM the folder it was started with")
-    add("--judge_tokens", type=int, default=1024, help="longest judgement, tokens; cut off = no verdict")
-    add("--judge_noise", type=float, default=0.0, help="share of its verdicts that are flipped")
-    add("--judge_concurrency", type=int, default=64, help="calls at once, for each rank")
-    add("--judge_timeout", type=float, default=120, help="seconds for a call before it is tried again")
-    add("--judge_retries", type=int, default=6, help="times a failed call is tried again; then the duel is a draw")
-    add("--judge_patience", type=float, default=600, help="seconds without any reply after which the run stops")
-    loop_flags(p)
+    p = flags.command_line(__doc__)
+    add_data_flags(p.add_argument_group("data").add_argument)
+    add_reward_flags(p.add_argument_group("reward (C.9.1)").add_argument)
+    add_judge_flags(p.add_argument_group("reward model").add_argument)
+    rl_flags.add_loop_flags(p)
     add = p.add_argument_group("held-out figures and checks").add_argument
-    add("--eval_every", type=int, default=20, help="steps between held-out figures, with --eval_data")
-    add("--check_every", type=int, default=20, help="steps between comparisons of vLLM and the trainer; 0 = never")
-    p.set_defaults(model="Qwen/Qwen2.5-VL-3B-Instruct", algo="grpo", samples=8, passes=1.0,  # C.9
-                   train_batch=2048,  # one update a rollout (ours)
-                   both_orders=False, check=False)  # what rl.py's functions look at and has no meaning here
+    add("--eval_every", type=int, default=20, help="steps between held-out figures")
+    add(
+        "--check_every",
+        type=int,
+        default=20,
+        help="steps between comparisons of vLLM and the trainer; 0 = none",
+    )
+    p.set_defaults(
+        model="Qwen/Qwen2.5-VL-3B-Instruct",  # this one and the next three: C.9
+        algo="grpo",
+        samples=8,
+        passes=1.0,
+        train_batch=2048,  # one update for each rollout (ours)
+        both_orders=False,  # flags of rl.py that have no meaning here
+        check=False,
+    )
     return p
+
+
+def add_data_flags(add):
+    add(
+        "--data",
+        type=data_flag,
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="[NAME=]PATH",
+        help=f"tasks to train on; NAME: {', '.join(TASKS)}; a PATH alone: your own tasks",
+    )
+    add(
+        "--eval_data",
+        type=data_flag,
+        nargs="+",
+        default=[],
+        metavar="[NAME=]PATH",
+        help="held-out tasks; without it there are no held-out figures",
+    )
+    add("--eval_n", type=int, default=500, help="how many of them, from the first on")
+    add(
+        "--out",
+        default="out/downstream",
+        help="folder to write; the same command continues a run in it",
+    )
+
+
+def add_reward_flags(add):
+    add(
+        "--pairs",
+        type=pairs_flag,
+        default="all",
+        help="duels of a prompt: all (the paper), ring, or k neighbours on each side",
+    )
+    add(
+        "--exact_weight",
+        type=float,
+        default=0.0,
+        help="weight of the exact match with the ground truth; all duels together weigh 1",
+    )
+    add(
+        "--chunk",
+        type=flags.at_least(1),
+        default=64,
+        help="prompts of a rank that are sampled together, while the duels before are judged",
+    )
+
+
+def add_judge_flags(add):
+    add(
+        "--judge",
+        choices=["model", "random", "exact"],
+        default="model",
+        help="random: a coin; exact: the ground truth, an upper bound",
+    )
+    add(
+        "--verdict",
+        choices=["reason", "token"],
+        default="reason",
+        help="reason: full reasoning; token: the probabilities of one forced token",
+    )
+    judging.add_server_flags(add, "the reward model", "out/rl", timeout=120.0)
+    add(
+        "--judge_tokens",
+        type=flags.at_least(1),
+        default=1024,
+        help="longest judgement, in tokens; cut off = no verdict",
+    )
 
 
 def main():
     args = parser().parse_args()
-    rank, world, device = setup(args.seed)
-    validate(args, world)
-    if args.samples < 2 or args.chunk < 1:
-        raise Unusable(f"--samples is {args.samples}, --chunk {args.chunk}; legal: 2 answers or more, to compare; 1 prompt or more")
-    out, tp = Path(args.out), args.tensor_parallel
-    group, groups = rank // tp, world // tp
-    tasks = read_tasks(args.data, out)
-    held = read_tasks(args.eval_data, out, args.eval_n) if args.eval_data else []
+    rank, world, device = training.start_ranks(args.seed)
+    if device.type == "cpu":
+        toy.cpu.speed_up_process()
+    rl_flags.check_flags(args, world)
+    if args.samples < 2:
+        raise pairs.InputError(
+            f"--samples is {args.samples}; expected 2 or more answers to a prompt, to compare"
+        )
+    tasks = read_tasks(args.data, Path(args.out))
+    held_out = read_tasks(args.eval_data, Path(args.out), args.eval_n) if args.eval_data else []
     processor = load_processor(args.model, args.min_pixels, args.max_pixels)
-    tasks, held = (fitting(some, turns, processor, args, rank, world) if some else [] for some in (tasks, held))
-    held = held[group::groups]
-    steps = args.steps or math.ceil(args.passes * len(tasks) / args.rollout_batch)
-    first = max(checkpoints(out / "checkpoints"), default=0)
-    coming = shares(Shown(tasks, prompt, processor, args), first, steps, args, rank, world, device)
-    engine, trainer, reference = prepare(args, processor, rank, world, device)
-    policy, pad = trainer.module, processor.tokenizer.pad_token_id
-    judge = Duels(args, args.seed)
-    _, state = resumed(out, trainer, args, FREE, skipped=0)
-    log = Log(out, header(args, world, device) | {"tasks": len(tasks), "held_out": reduced(len(held)) / tp}, first, steps, args.tracker)
-    if first or device.type == "cuda":
-        engine.sync(policy)  # vLLM has the weights of --model
-    if held and not first:
-        log.row(0, **held_out(engine, processor, held, judge, state, args, lambda: None))
+    plan = prompts.make_plan(tasks, held_out, task_turns, processor, args, rank, world, device)
+    run = rl.start_run(args, processor, rank, world, device)
+    train(run, plan, RewardModel(args, args.seed))
 
-    for step in range(first, steps):
-        clock, compared = Clock(), compare_now(step, first, args)
-        save = lambda: save_checkpoint(out / "checkpoints", trainer, step, state)
 
-        # 1. and 2. rollout; the reward model judges a chunk while the next is sampled, all by the same weights
-        mine, rows, pending = next(coming), [], []
-        for at in range(0, len(mine), args.chunk):
-            new = sample(engine, processor, mine[at:at + args.chunk], step, args, rank, compared)
-            pending.append(score(new, judge, args))
-            rows += new
+def train(run, plan, reward_model):
+    args, out = run.args, Path(run.args.out)
+    log, state = rl.open_run(run, plan, "tasks", skipped=0)
+    if plan.held_out and not plan.first_step:
+        figures = held_out_accuracy(run, plan.my_held_out, reward_model, state, save=no_checkpoint)
+        log.row(0, **figures)
+
+    for step in range(plan.first_step, plan.steps):
+        clock = metrics.Clock()
+        save = partial(run.save, step, state)
+
+        # 1. roll out, 2. score: the reward model judges a chunk while the next one is sampled
+        batch = next(plan.batches)
+        comparing = rl.compare_now(step, plan.first_step, args)
+        samples, started = [], []
+        for first in range(0, len(batch), args.chunk):
+            chunk = rl.roll_out(run, batch[first : first + args.chunk], step, comparing)
+            started.append(start_contests(chunk, reward_model, args))
+            samples += chunk
         clock("rollout")
-        engine.sleep()
-        checked = compare(trainer, processor, rows, step, args, device) if compared else {}
+        run.sampler.sleep()
+        gaps = rl.compare(run, samples, step) if comparing else {}
 
-        # 3. to 6. as in rl.py
-        batches = mini_batches(rows, step, args)
-        old_logps(batches, trainer, reference, args, pad, device)
+        # 3. old log-probabilities
+        mini_batches = rl.split_into_mini_batches(samples, step, args)
+        rl.set_old_logps(run, mini_batches)
+        rl.set_reference_logps(run, mini_batches)
         clock("old_logps")
-        found = rewards_or_stop(lambda: [part for finish in pending for part in finish()], save)
-        rewards, parts = torch.cat([r for r, _ in found]), [part for _, part in found]
+
+        # 4. rewards, when the reward model is done
+        contests = rl.wait_or_stop(partial(finish_contests, started), save)
+        found = [score(contest, args.pairs, args.exact_weight) for contest in contests]
+        rewards = torch.cat([result.rewards for result in found])
         clock("judge")
-        advantages_of(rows, rewards, args)
-        updates = learn(trainer, batches, step, state, args, pad, device)
+
+        # 5. advantages, 6. update, 7. sync
+        rl.set_advantages(samples, rewards, args)
+        updates = rl.learn(run, mini_batches, step, state)
         clock("update")
-
-        # 7. sync
-        engine.sync(policy)
+        rl.sync(run)
         clock("sync")
-        done, figures = step + 1, {}
-        if held and (done % args.eval_every == 0 or done == steps):
-            figures = held_out(engine, processor, held, judge, state, args, save)
-        keep_rollouts(out / f"rollouts-{rank}.jsonl", done, rows, rewards, parts)
-        log.row(done, **summary(rows, rewards, parts, updates, judge, clock.seconds), **checked, **figures)
-        if done == steps or args.save_every and done % args.save_every == 0:
-            save_checkpoint(out / "checkpoints", trainer, done, state)
 
-    end_run(out, policy, processor, log, PANELS, rank)
+        done = step + 1
+        row = log_row(samples, contests, found, updates, reward_model, clock.seconds) | gaps
+        if plan.held_out and plan.is_due(done, args.eval_every):
+            row |= held_out_accuracy(run, plan.my_held_out, reward_model, state, save)
+        write_rollouts(out / f"rollouts-{run.rank}.jsonl", done, contests, found)
+        log.row(done, **row)
+        if plan.is_due(done, args.save_every):
+            run.save(done, state)
+
+    runs.finish_run(out, run.policy, run.processor, log, PANELS, run.rank)
+
+
+def no_checkpoint():
+    """Before the first step there is nothing to save."""
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (Unusable, FileNotFoundError) as problem:  # its owner can mend it: no traceback
-        sys.exit(f"downstream_grpo.py: {problem}")
+    flags.run_stage("downstream_grpo.py", main)

@@ -1,17 +1,16 @@
 """
-downstream_grpo.py: Eq. 3 by hand and over real HTTP, the readers on the toy's files, whole runs of toy/weak on one rank and two, killed
-and resumed, with a judge that dies; the forced token against transformers on a real vLLM server.
-
-$ python -m pytest tests/test_downstream.py
+downstream_grpo.py: Eq. 3 by hand and over HTTP, whole runs of toy/weak on one rank and two, killed
+and resumed, with a reward model that dies; the forced token of a real vLLM server.
 """
+
+import contextlib
 import doctest
+import itertools
 import json
 import math
 import os
 import random
 import re
-import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -22,44 +21,61 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, png, read_rows, vllm_server, write_rows
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import downstream_grpo as d
+import downstream_grpo
+from core import duels, exact_match
+from core.duels import Duel, finished_answer
+from core.encoding import MODEL_INPUTS, Sample, collate, encode, load_processor
+from core.pairs import Pair, judging_turns
+from core.policy import load_policy, save_policy, token_logps
 from judge import JudgeDead
-from toy import pretrain, world
+from sources.reading import Dropped, Task
 
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-SHOWN = re.compile(r"\[Response 1\]: (.*); \[Response 2\]: (.*)\n\nOutput Format", re.S)
-verdict = lambda choice: f"<think>So.</think><answer>{choice}</answer>"
+WEAK = ROOT / "toy" / "weak"
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+# the two answers in a prompt to the reward model
+ANSWERS = re.compile(r"\[Response 1\]: (.*); \[Response 2\]: (.*)\n\nOutput Format", re.DOTALL)
+EIGHT = [f"answer {number}" for number in (3, 7, 1, 5, 0, 2, 6, 4)]
+
+
+def verdict(choice):
+    return f"<think>So.</think><answer>{choice}</answer>"
+
+
+def always_1(first, second):
+    return verdict(1)
+
+
+def number_in(answer):
+    return int(answer.split()[1])
+
+
+def the_larger_wins(first, second):
+    return verdict(1 if number_in(first) > number_in(second) else 2)
+
+
+def the_longer_wins(first, second):
+    return verdict(1 if (len(first), first) > (len(second), second) else 2)
 
 
 class Server:
-    """A reward model over HTTP: reply(first, second) -> text, or {"1": probability, ...} for the forced token."""
+    """A reward model over HTTP: reply(first, second) -> text, or {token: log-probability}."""
 
     def __init__(self, reply):
-        self.asked = asked = []
+        self.reply = reply
+        self.asked = []  # (first, second) of each call
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                content = body["messages"][0]["content"]
-                first, second = SHOWN.search(content[-1]["text"]).groups()
-                asked.append((content[0].get("image_url", {}).get("url"), first, second, body))
-                said = reply(first, second)
-                choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": said if isinstance(said, str) else "1"}}
-                if not isinstance(said, str):
-                    top = [{"token": t, "logprob": p, "bytes": None} for t, p in said.items()]
-                    choice["logprobs"] = {"content": [top[0] | {"top_logprobs": top}]}
-                data = json.dumps({"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice],
-                                   "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}).encode()
-                self.send_response(200)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
+            def do_POST(handler):
+                body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+                data = json.dumps(self.completion(body)).encode()
+                handler.send_response(200)
+                handler.send_header("Content-Length", str(len(data)))
+                handler.end_headers()
+                handler.wfile.write(data)
 
             def log_message(self, *_):
                 pass
@@ -69,6 +85,21 @@ class Server:
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
 
+    def completion(self, body):
+        text = body["messages"][0]["content"][-1]["text"]
+        first, second = ANSWERS.search(text).groups()
+        self.asked.append((first, second))
+        reply = self.reply(first, second)
+        choice = {"index": 0, "finish_reason": "stop"}
+        if isinstance(reply, str):
+            choice["message"] = {"role": "assistant", "content": reply}
+        else:
+            likeliest = [{"token": token, "logprob": logp} for token, logp in reply.items()]
+            choice["message"] = {"role": "assistant", "content": "1"}
+            choice["logprobs"] = {"content": [likeliest[0] | {"top_logprobs": likeliest}]}
+        usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+        return {"object": "chat.completion", "model": "m", "choices": [choice], "usage": usage}
+
     def close(self):
         self.http.shutdown()
         self.http.server_close()
@@ -76,313 +107,493 @@ class Server:
 
 @pytest.fixture
 def serve():
-    started = []
-
-    def start(reply):
-        started.append(Server(reply))
-        return started[-1]
-
-    yield start
-    for server in started:
-        server.close()
+    """serve(reply) -> a server; all are closed at the end."""
+    with contextlib.ExitStack() as started:
+        yield lambda reply: started.enter_context(contextlib.closing(Server(reply)))
 
 
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    """The toy's tasks and their public forms, a tenth of them."""
-    folder = tmp_path_factory.mktemp("toy")
-    subprocess.run([sys.executable, "toy/sources.py", "--out", folder / "data", "--scale", "0.1"], cwd=ROOT, env=ENV, check=True, stdout=subprocess.DEVNULL)
-    return folder / "data" / "tasks"
+@pytest.fixture
+def tasks(toy_world):
+    """The folder of the toy's tasks and of their public forms."""
+    return toy_world / "out/toy/data/tasks"
 
 
-def args(*words):
-    return d.parser().parse_args(["--data", "-", "--judge_patience", "3", "--judge_retries", "1", *map(str, words)])
+def args_of(*words):
+    short = ["--data", "-", "--judge_patience", "3", "--judge_retries", "1"]
+    return downstream_grpo.parser().parse_args([*short, *map(str, words)])
 
 
-def rows_of(texts, finish=None):
-    task = {"question": "Which?", "images": [], "answer": "answer 3"}
-    return [{"text": text, "finish": finish[i] if finish else "stop", "pair": task} for i, text in enumerate(texts)]
+def samples_of(texts, finishes=None):
+    """The answers to one prompt."""
+    task = Task("0", "toy", "Which?", "answer 3", [])
+    finishes = finishes or ["stop"] * len(texts)
+    samples = []
+    for text, finish in zip(texts, finishes):
+        samples.append(Sample([], [], {}, pair=task, text=text, finish=finish))
+    return samples
 
 
-def scored(texts, *words, finish=None):
-    """(shares of duels won, what is logged, the judge) of one prompt's answers."""
-    a = args("--samples", len(texts), *words)
-    judge = d.Duels(a)
-    (rewards, part), = d.score(rows_of(texts, finish), judge, a)()
-    assert rewards.tolist() == pytest.approx((part["score"] + a.exact_weight * part["exact"]).tolist())
-    return [round(x, 6) for x in part["score"].tolist()], part, judge
+def score(texts, *words, finishes=None):
+    """The Score of one prompt's answers, the share of its duels that each won, the reward model."""
+    args = args_of("--samples", len(texts), *words)
+    reward_model = downstream_grpo.RewardModel(args)
+    samples = samples_of(texts, finishes)
+    started = [downstream_grpo.start_contests(samples, reward_model, args)]
+    (contest,) = downstream_grpo.finish_contests(started)
+    found = duels.score(contest, args.pairs, args.exact_weight)
+    rewards = found.share + args.exact_weight * found.exact
+    assert found.rewards.tolist() == pytest.approx(rewards.tolist())
+    return found, [round(share, 6) for share in found.share.tolist()], reward_model
 
 
-number = lambda text: int(text.split()[1])
-EIGHT = [f"answer {i}" for i in (3, 7, 1, 5, 0, 2, 6, 4)]
-
-# ---------------------------------------------------------------------------------------------------
-# the score
+# --------------------------------------------------------------------------------------------------
+# Eq. 3
 
 
-def test_doctests():
-    assert doctest.testmod(d).failed == 0
+@pytest.mark.parametrize("module", [duels, exact_match])
+def test_doctests(module):
+    assert doctest.testmod(module).failed == 0
 
 
-def test_a_known_order_is_found_and_costs_what_was_said(serve):
-    """8 answers, each worth its number: Score(r_i) is its number, the spread that of 0..7 sevenths; 56 calls, 16 on a ring, 32 on one of 2."""
-    server = serve(lambda a, b: verdict(1 if number(a) > number(b) else 2))
-    share, part, judge = scored(EIGHT, "--judge_url", server.url)
-    assert [round(7 * s) for s in share] == [number(t) for t in EIGHT] and all(abs(7 * s - round(7 * s)) < 1e-5 for s in share)
-    assert len(server.asked) == judge.counts["calls"] == part["duels"] == 56
-    assert part["spread"] == pytest.approx(torch.arange(8.).std(unbiased=False).item() / 7) and part["judge_right"].count(1.0) == 3 and len(part["judge_right"]) == 7
-    for pairs, calls in (("ring", 16), (2, 32), (4, 56), (100, 56)):
-        before = len(server.asked)
-        some, fewer, _ = scored(EIGHT, "--judge_url", server.url, "--pairs", pairs)
-        assert len(server.asked) - before == fewer["duels"] == calls and fewer["ring_rank"] == []
-        assert some == share if calls == 56 else d.rank_correlation(torch.tensor(some), torch.tensor(share)) > 0.5
-    assert part["ring_rank"] == [d.rank_correlation(torch.tensor(scored(EIGHT, "--judge_url", server.url, "--pairs", "ring")[0]), torch.tensor(share))]
+def test_a_known_order_is_found(serve):
+    """8 answers, each worth its number: Score is the number, and 8 x 7 calls are made."""
+    server = serve(the_larger_wins)
+    found, share, reward_model = score(EIGHT, "--judge_url", server.url)
+    assert [7 * x for x in share] == pytest.approx([number_in(text) for text in EIGHT], abs=1e-5)
+    assert len(server.asked) == reward_model.counts["calls"] == 56
+    assert found.spread == pytest.approx(torch.arange(8.0).std(unbiased=False).item() / 7)
+    # "answer 3" is right, and larger than three of the seven others
+    assert sorted(found.judge_right) == [0.0] * 4 + [1.0] * 3
 
 
-def test_calls_that_share_their_beginning_stand_together(serve):
-    """The server keeps the prefix of picture, question and first answer: each first answer is met in one run of calls."""
-    server = serve(lambda a, b: verdict(1))
-    scored(EIGHT, "--judge_url", server.url, "--judge_concurrency", 1)
-    firsts = [first for _, first, _, _ in server.asked]
-    assert sum(a != b for a, b in zip(firsts, firsts[1:])) == 7
+@pytest.mark.parametrize(("pairs", "calls"), [("ring", 16), (2, 32), (100, 56)])
+def test_fewer_duels_give_nearly_the_same_order(serve, pairs, calls):
+    server = serve(the_larger_wins)
+    found, _, _ = score(EIGHT, "--judge_url", server.url, "--pairs", pairs)
+    numbers = torch.tensor([number_in(text) for text in EIGHT])
+    correlation = duels.rank_correlation(found.share, numbers)
+    assert len(server.asked) == calls
+    assert found.ring_rank is None
+    assert correlation == 1 if calls == 56 else 0.5 < correlation < 1
 
 
-@pytest.mark.parametrize("reply", [lambda a, b: verdict(1), lambda a, b: verdict(2), lambda a, b: {"1": -0.1, "2": -2.5}])
-def test_a_judge_that_sees_only_places_says_nothing(serve, reply):
+def test_all_duels_tell_what_a_ring_would_have_given():
+    found, _, _ = score(EIGHT, "--judge", "random")
+    ring, _, _ = score(EIGHT, "--judge", "random", "--pairs", "ring")
+    assert found.ring_rank == duels.rank_correlation(ring.share, found.share)
+
+
+def test_calls_with_the_same_first_answer_are_neighbours(serve):
+    """The server keeps the prefix of images, question and first answer in its cache."""
+    server = serve(always_1)
+    score(EIGHT, "--judge_url", server.url, "--judge_concurrency", 1)
+    firsts = [first for first, _ in server.asked]
+    assert [first for first, _ in itertools.groupby(firsts)] == EIGHT
+
+
+@pytest.mark.parametrize(
+    ("kind", "reply"),
+    [("reason", verdict(1)), ("reason", verdict(2)), ("token", {"1": -0.1, "2": -2.5})],
+)
+def test_a_reward_model_that_sees_only_places_teaches_nothing(serve, kind, reply):
+    url = serve(lambda first, second: reply).url
+    found, share, _ = score(EIGHT, "--judge_url", url, "--verdict", kind)
+    assert share == [0.5] * 8
+    assert found.flat == 1
+    assert found.spread < 1e-9
+
+
+def test_a_leaning_to_the_first_place_cancels(serve):
+    def leaning(lean):
+        def reply(first, second):
+            p = 0.5 + 0.025 * (number_in(first) - number_in(second)) + lean
+            return {"2": math.log(1 - p), " 1": math.log(p)}
+
+        url = serve(reply).url
+        return score(EIGHT, "--verdict", "token", "--judge_url", url)[1]
+
+    upright = leaning(0.0)
+    for lean in (0.2, -0.1):
+        assert leaning(lean) == pytest.approx(upright, abs=1e-6)
+    assert sorted(EIGHT, key=lambda text: upright[EIGHT.index(text)]) == sorted(EIGHT)
+
+
+def test_equal_answers_are_one_answer(serve):
+    server = serve(lambda first, second: verdict(1 if first == "x" else 2))
+    texts = ["x", "y", "x", " x ", "y", "x", "x", "x"]
+    found, share, _ = score(texts, "--judge_url", server.url)
+    # x meets five other x (1/2 each) and two y (1 each); y meets six x (0) and a y (1/2)
+    x, y = 4.5 / 7, 0.5 / 7
+    assert share == pytest.approx([x, y, x, x, y, x, x, x], abs=1e-6)
+    assert len(server.asked) == 2
+    assert found.distinct == 2
+    found, share, _ = score(["x"] * 8, "--judge_url", server.url)
+    assert share == [0.5] * 8
+    assert found.flat == 1
+    assert len(server.asked) == 2
+
+
+def test_a_duel_is_asked_once(serve):
+    server = serve(lambda first, second: verdict(1 if first == "x" else 2))
+    _, share, reward_model = score(["x", "y"], "--judge_url", server.url)
+    another_truth = Duel("Which?", (), "x", "y", "z")
+    reward_model.submit([another_truth] * 3).result()
+    assert share == [1, 0]
+    assert reward_model.counts["calls"] == 3
+    assert reward_model.counts["cached"] == 2
+
+
+def test_no_verdict_is_a_draw_and_an_unfinished_answer_loses_without_a_call(serve):
+    def reply(first, second):
+        if "odd" in (first, second):
+            return "I like both."
+        return verdict(1 if first == "good" else 2)
+
     server = serve(reply)
-    share, part, _ = scored(EIGHT, "--judge_url", server.url, "--verdict", "reason" if isinstance(reply("", ""), str) else "token")
-    assert share == [0.5] * 8 and part["flat"] == 1 and part["spread"] < 1e-9
+    texts = ["good", "bad", "odd", "  ", "long", "bad"]
+    finishes = ["stop", "stop", "stop", "stop", "length", "stop"]
+    found, share, model = score(texts, "--judge_url", server.url, finishes=finishes)
+    assert len(server.asked) == 6
+    assert {answer for asked in server.asked for answer in asked} == {"good", "bad", "odd"}
+    # good beats two bad and two unfinished, and draws with odd; bad draws with bad and odd, and
+    # beats two; odd draws with three, and beats two; an unfinished one draws with the other
+    assert [round(5 * x, 4) for x in share] == [4.5, 3, 3.5, 0.5, 0.5, 3]
+    assert found.no_verdict == model.counts["unparsable"] == 4
 
 
-def test_a_lean_to_the_first_place_cancels(serve):
-    """Where the reward model leans to place 1 by 0.2, every s_ij is as it is without: the order of the answers is exact."""
-    p = lambda a, b, lean: 0.5 + 0.05 * (number(a) - number(b)) * 0.5 + lean
-    found = [scored(EIGHT, "--verdict", "token", "--judge_url", serve(lambda a, b: {"2": math.log(1 - p(a, b, lean)), " 1": math.log(p(a, b, lean))}).url)[0]
-             for lean in (0.0, 0.2, -0.1)]
-    assert all(other == pytest.approx(found[0], abs=1e-6) for other in found[1:])
-    assert sorted(range(8), key=found[0].__getitem__) == sorted(range(8), key=lambda i: number(EIGHT[i]))
+def test_a_coin_as_the_reward_model():
+    _, share, model = score(EIGHT, "--judge", "random")
+    assert len(set(share)) > 2
+    assert model.counts["calls"] == 0
+    assert score(EIGHT, "--judge", "random")[1] == share
+    found, _, _ = score(EIGHT, "--judge", "random", "--exact_weight", 0.5)
+    assert found.exact.tolist() == [1, 0, 0, 0, 0, 0, 0, 0]
 
 
-def test_equal_answers_are_one_and_ties_are_ties(serve):
-    server = serve(lambda a, b: verdict(1 if a == "x" else 2))
-    share, part, _ = scored(["x", "y", "x", " x ", "y", "x", "x", "x"], "--judge_url", server.url)
-    # x meets five other x (1/2 each) and two y (1 each): 4.5 / 7; y: six x (0), one y (1/2): 0.5 / 7
-    assert share == pytest.approx([4.5 / 7 if i not in (1, 4) else 0.5 / 7 for i in range(8)], abs=1e-6)
-    assert len(server.asked) == 2 and part["distinct"] == 2 and sum(share) == pytest.approx(4, abs=1e-5)
-    share, part, _ = scored(["x"] * 8, "--judge_url", server.url)
-    assert share == [0.5] * 8 and part["flat"] == 1 and len(server.asked) == 2
-    share, _, judge = scored(["x", "y"], "--judge_url", server.url)
-    judge.submit([d.Duel("Which?", (), "x", "y", "z")] * 3).result()
-    assert share == [1, 0] and judge.counts["calls"] == 3 and judge.counts["cached"] == 2  # another ground truth is another duel, three equal ones are one
+def test_the_ground_truth_as_the_reward_model():
+    found, share, _ = score(EIGHT, "--judge", "exact")
+    assert share == pytest.approx([1.0] + [3 / 7] * 7, abs=1e-6)
+    assert found.judge_right == [1.0] * 7
+    _, share, _ = score(EIGHT, "--judge", "exact", "--judge_noise", 1)
+    assert share == pytest.approx([0.0] + [4 / 7] * 7, abs=1e-6)
 
 
-def test_no_verdict_is_a_draw_and_an_answer_that_is_none_loses_unasked(serve):
-    server = serve(lambda a, b: "I like both." if "odd" in (a, b) else verdict(1 if a == "good" else 2))
-    share, part, judge = scored(["good", "bad", "odd", "  ", "long", "bad"], "--judge_url", server.url, finish=["stop"] * 4 + ["length", "stop"])
-    assert not {"", "  ", "long"} & {t for _, a, b, _ in server.asked for t in (a, b)} and len(server.asked) == 6
-    # good: two bad 2, odd 1/2, two failures 2; bad: the other bad 1/2, odd 1/2, failures 2; odd: three draws, failures 2; a failure: the other 1/2
-    assert [round(5 * s, 4) for s in share] == [4.5, 3, 3.5, 0.5, 0.5, 3]
-    assert part["no_verdict"] == 4 == judge.counts["unparsable"]
+@pytest.mark.parametrize("kind", ["reason", "token"])
+def test_a_dead_reward_model_gives_no_reward(kind):
+    words = ["--judge_url", "http://127.0.0.1:9/v1", "--judge_patience", 1, "--verdict", kind]
+    with pytest.raises(JudgeDead, match="no reply for 1 s"):
+        score(EIGHT, *words)
 
 
-def test_the_random_judge_the_ground_truth_and_noise():
-    share, part, judge = scored(EIGHT, "--judge", "random")
-    assert len(set(share)) > 2 and scored(EIGHT, "--judge", "random")[0] == share and judge.counts["calls"] == 0
-    assert scored(EIGHT, "--judge", "random", "--seed", 0)[0] == share
-    share, part, _ = scored(EIGHT, "--judge", "exact")
-    assert share == [round(x, 6) for x in [1 / 2 + 1 / 2] + [3 / 7] * 7] and part["judge_right"] == [1.0] * 7
-    assert scored(EIGHT, "--judge", "exact", "--judge_noise", 1)[0] == [0] + [round(4 / 7, 6)] * 7
-    assert scored(EIGHT, "--judge", "random", "--exact_weight", 0.5)[1]["exact"].tolist() == [1, 0, 0, 0, 0, 0, 0, 0]
+def test_a_server_without_log_probabilities_is_named_as_such(serve):
+    words = ["--judge_url", serve(always_1).url, "--judge_patience", 1]
+    with pytest.raises(JudgeDead, match="no log-probabilities, which --verdict token needs"):
+        score(EIGHT[:2], *words, "--verdict", "token")
 
 
-def test_a_dead_judge_is_no_reward():
-    for kind in ("reason", "token"):
-        with pytest.raises(JudgeDead, match="has not replied for 1 s"):
-            scored(EIGHT, "--judge_url", "http://127.0.0.1:9/v1", "--judge_patience", 1, "--verdict", kind)
+@pytest.mark.parametrize(
+    ("likeliest", "p"),
+    [
+        ({"1": math.log(0.6), "2": math.log(0.2)}, 0.75),
+        ({" 1": math.log(0.1), "1": math.log(0.6), "2": math.log(0.2)}, 0.75),
+        ({"1": math.log(0.6)}, 1.0),
+        ({"1": math.log(0.4)}, math.nan),  # of 2 nothing is known
+        ({"x": math.log(0.9)}, math.nan),
+    ],
+)
+def test_the_probability_of_the_forced_token(serve, likeliest, p):
+    url = serve(lambda first, second: likeliest).url
+    args = args_of("--judge_url", url, "--verdict", "token")
+    (found,) = (
+        downstream_grpo.RewardModel(args).submit([Duel("Which?", (), "x", "y", "z")]).result()
+    )
+    assert found == pytest.approx(p, nan_ok=True)
 
 
-def test_a_judge_that_gives_no_log_probabilities_is_told_apart(serve):
-    with pytest.raises(JudgeDead, match="the reply has no log-probabilities, which --verdict token asks for"):
-        scored(EIGHT[:2], "--judge_url", serve(lambda a, b: verdict(1)).url, "--judge_patience", 1, "--verdict", "token")
-
-
-@pytest.mark.parametrize("words", [["--pairs", "0"], ["--pairs", "some"]])
-def test_pairs_that_cannot_be(words, capsys):
+@pytest.mark.parametrize("value", ["0", "some"])
+def test_pairs_is_all_ring_or_a_number(value, capsys):
     with pytest.raises(SystemExit):
-        args(*words)
-    assert "legal: all, ring, or how far apart" in capsys.readouterr().err
+        args_of("--pairs", value)
+    assert "expected all, ring, or how far apart" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------------
-# tasks
+# --------------------------------------------------------------------------------------------------
+# Tasks
 
 
-def test_every_format_gives_its_tasks(toy, tmp_path):
-    own = d.read_tasks([("tasks", toy / "train.jsonl")], tmp_path)
+def read(out, name, path):
+    return downstream_grpo.read_tasks([(name, path)], out)
+
+
+def picture_of(task):
+    return Path(task.images[0]).read_bytes()
+
+
+@pytest.mark.slow
+def test_every_format_gives_the_same_tasks(tasks, tmp_path):
+    own = read(tmp_path, "tasks", tasks / "train.jsonl")
     half = len(own) // 2
-    arx = d.read_tasks([("arXivQA", toy / "ArxivQA")], tmp_path)
-    think = d.read_tasks([("ThinkLite-VL", toy / "ThinkLite-VL-hard-11k")], tmp_path)
-    assert len(arx) == half and len(think) == len(own) - half
-    for task, same in zip(arx, own):
-        option = next(line for line in task["question"].splitlines() if line.startswith(f"{task['answer']}. "))
-        assert option[3:] == same["answer"] and task["question"].startswith(same["question"])
-        assert Path(task["images"][0]).read_bytes() == Path(same["images"][0]).read_bytes()
-    for task, same in zip(think, own[half:]):
-        assert (task["question"], task["answer"]) == (same["question"], same["answer"])
-        assert Path(task["images"][0]).read_bytes() == Path(same["images"][0]).read_bytes()
-    test = d.read_tasks([("tasks", toy / "test.jsonl")], tmp_path)
-    for task, same in zip(d.read_tasks([("V*", toy / "vstar_bench")], tmp_path), test, strict=True):
-        assert f"({task['answer']}) {same['answer']}" in task["question"] and os.path.isfile(task["images"][0])
-    assert len(d.read_tasks([("tasks", toy / "train.jsonl"), ("V*", toy / "vstar_bench")], tmp_path)) == len(own) + len(test)
+    arxiv = read(tmp_path, "arXivQA", tasks / "ArxivQA")
+    for task, same in zip(arxiv, own[:half], strict=True):
+        assert f"\n{task.answer}. {same.answer}\n" in task.question
+        assert task.question.startswith(same.question)
+        assert picture_of(task) == picture_of(same)
+    think = read(tmp_path, "ThinkLite-VL", tasks / "ThinkLite-VL-hard-11k")
+    for task, same in zip(think, own[half:], strict=True):
+        assert (task.question, task.answer) == (same.question, same.answer)
+        assert picture_of(task) == picture_of(same)
+    test = read(tmp_path, "tasks", tasks / "test.jsonl")
+    vstar = read(tmp_path, "V*", tasks / "vstar_bench")
+    for task, same in zip(vstar, test, strict=True):
+        assert f"({task.answer}) {same.answer}" in task.question
+        assert picture_of(task)
+    named = [("tasks", tasks / "train.jsonl"), ("V*", tasks / "vstar_bench")]
+    assert len(downstream_grpo.read_tasks(named, tmp_path)) == len(own) + len(vstar)
 
 
-def test_what_is_no_task_is_counted_or_named(tmp_path, capsys):
+def test_rows_that_make_no_task_are_counted(tmp_path, capsys):
     row = {"id": 1, "question": "Q?", "options": ["A. x", "y"], "label": "B", "image": "a.png"}
-    (tmp_path / "a.png").write_bytes(b"x")
-    lines = [row, row | {"label": "[A]"}, row | {"label": "y"}, row | {"label": "Both"}, row | {"label": "E"}, row | {"image": "none.png"}]
-    (tmp_path / "arxivqa.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    tasks = d.read_tasks([("arXivQA", tmp_path)], tmp_path)
-    assert [t["answer"] for t in tasks] == ["B", "A", "B"] and "\nA. x\nB. y\n" in tasks[0]["question"]
-    assert "{'arXivQA: no label': 2, 'arXivQA: missing image': 1}" in capsys.readouterr().err
-    (tmp_path / "own.jsonl").write_text('{"question": "Q?"}')
-    with pytest.raises(d.Unusable, match="line 1 has no answer; legal for tasks: an object with question, answer"):
-        d.read_tasks([("tasks", tmp_path / "own.jsonl")], tmp_path)
+    (tmp_path / "a.png").write_bytes(png())
+    changes = [{}, {"label": "[A]"}, {"label": "y"}, {"label": "Both"}, {"label": "E"}]
+    changes += [{"image": "none.png"}]
+    write_rows(tmp_path / "arxivqa.jsonl", [row | change for change in changes])
+    found = read(tmp_path, "arXivQA", tmp_path)
+    assert [task.answer for task in found] == ["B", "A", "B"]
+    assert "\nA. x\nB. y\n" in found[0].question
+    assert "'arXivQA: no label': 2, 'arXivQA: missing image': 1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text, answer, right", [
-    ("B", "B", 1), ("(b)", "B", 1), ("B. two", "B", 1), ("Because", "B", 0), ("A red one", "A", 0), ("<answer>C</answer> so <answer> B </answer>", "B", 1),
-    ("Thus \\boxed{12}.", "12", 1), ("12.0", "12", 1), ("12", "12.5", 0), ("top  left", "top left", 0), ("Top left.", "top left", 1), ("nan", "nan", 1), ("", "red", 0)])
+def test_bytes_of_an_image_become_a_file(tmp_path):
+    path = downstream_grpo.image_file(png(), tmp_path)
+    assert Path(path).read_bytes() == png()
+    with pytest.raises(Dropped, match="unreadable image"):
+        downstream_grpo.image_file(b"x", tmp_path)
+    for image in (None, "https://example.org/1.png", str(tmp_path / "none.png")):
+        with pytest.raises(Dropped, match="missing image"):
+            downstream_grpo.image_file(image, tmp_path)
+
+
+def test_a_task_without_an_answer_is_an_error(tmp_path):
+    write_rows(tmp_path / "own.jsonl", [{"question": "Q?"}])
+    with pytest.raises(ValueError, match=r"line 1.*answer"):
+        read(tmp_path, "tasks", tmp_path / "own.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "right"),
+    [
+        ("B", "B", 1),
+        ("(b)", "B", 1),
+        ("B. two", "B", 1),
+        ("Because", "B", 0),
+        ("A red one", "A", 0),
+        ("<answer>C</answer> so <answer> B </answer>", "B", 1),
+        ("Thus \\boxed{12}.", "12", 1),
+        ("12.0", "12", 1),
+        ("12", "12.5", 0),
+        ("top  left", "top left", 0),
+        ("Top left.", "top left", 1),
+        ("nan", "nan", 1),
+        ("", "red", 0),
+    ],
+)
 def test_exact_match(text, answer, right):
-    assert d.exact(text, answer) == right
+    assert exact_match.exact(text, answer) == right
 
 
-# ---------------------------------------------------------------------------------------------------
-# runs
+@pytest.mark.parametrize(
+    ("text", "finish", "answer"),
+    [(" red ", "stop", "red"), ("red", "length", None), ("  ", "stop", None)],
+)
+def test_only_a_finished_answer_is_compared(text, finish, answer):
+    (sample,) = samples_of([text], [finish])
+    assert finished_answer(sample) == answer
 
 
-def command(toy, *words, ranks=1):
-    run = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    return [sys.executable, *run, "downstream_grpo.py", "--model", "toy/weak", "--data", str(toy / "train.jsonl"), "--engine", "hf", "--chunk", "1", "--samples", "4",
-            "--rollout_batch", "6", "--train_batch", "12", "--max_new_tokens", "8", "--context", "512", "--lr", "1e-3", "--judge_retries", "1", "--zero", "2", *map(str, words)]
+# --------------------------------------------------------------------------------------------------
+# Whole runs
+
+FLAGS = [
+    *("--engine", "hf", "--chunk", 1, "--samples", 4, "--rollout_batch", 6, "--train_batch", 12),
+    *("--max_new_tokens", 8, "--context", 512, "--lr", 1e-3, "--judge_retries", 1, "--zero", 2),
+]
 
 
-def run(toy, *words, fails=False, ranks=1):
-    done = subprocess.run(command(toy, *words, ranks=ranks), cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=300)
-    assert (done.returncode != 0) == fails, (done.stdout + done.stderr)[-4000:]
-    return done.stdout + done.stderr
+def command(tasks, *words, ranks=1):
+    launcher = []
+    if ranks > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    data = ["--model", WEAK, "--data", tasks / "train.jsonl"]
+    program = ROOT / "downstream_grpo.py"
+    return [str(word) for word in (sys.executable, *launcher, program, *data, *FLAGS, *words)]
 
 
-def logged(out):
-    """Rows of the log, without seconds, and without the calls, which a resumed run makes anew."""
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("s_") and k not in ("seconds", "judge_calls")} for row in rows if "step" in row and "args" not in row]
+def run(tasks, *words, fails=False, ranks=1):
+    """What a run prints."""
+    done = subprocess.run(
+        command(tasks, *words, ranks=ranks),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    printed = done.stdout + done.stderr
+    assert (done.returncode != 0) == fails, printed[-4000:]
+    return printed
 
 
-LONGER = lambda a, b: verdict(1 if (len(a), a) > (len(b), b) else 2)
+def steps_of(out):
+    """The log's rows without times, and without the calls, which a continued run repeats."""
+    rows = []
+    for row in read_rows(out / "log.jsonl"):
+        if "step" in row and "args" not in row:
+            changing = [key for key in row if key.startswith("s_")] + ["seconds", "judge_calls"]
+            rows.append({key: row[key] for key in row if key not in changing})
+    return rows
 
 
-def test_killed_and_resumed_it_is_the_unbroken_run(toy, serve, tmp_path):
-    server = serve(LONGER)
-    words = ["--judge_url", server.url, "--steps", 5, "--save_every", 2, "--eval_data", toy / "test.jsonl", "--eval_n", 8, "--eval_every", 5]
-    run(toy, *words, "--out", tmp_path / "whole")
-    broken = subprocess.Popen(command(toy, *words, "--out", tmp_path / "broken"), cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    log, deadline = tmp_path / "broken" / "log.jsonl", time.time() + 120
-    while time.time() < deadline and not (log.exists() and '"step": 3,' in log.read_text()):
+def kill_after_step_3(words, out):
+    process = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    log, deadline = out / "log.jsonl", time.time() + 200
+    while not (log.exists() and '"step": 3,' in log.read_text()):
+        assert time.time() < deadline and process.poll() is None
         time.sleep(0.01)
-    broken.send_signal(signal.SIGKILL)
-    broken.wait()
-    assert not (tmp_path / "broken" / "model.safetensors").exists()
-    run(toy, *words, "--out", tmp_path / "broken")
-    whole = logged(tmp_path / "whole")
-    assert [row["step"] for row in whole] == [0, 1, 2, 3, 4, 5] and logged(tmp_path / "broken") == whole
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.slow
+def test_a_run_killed_and_resumed_is_the_unbroken_one(tasks, serve, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    words = ["--judge_url", serve(the_longer_wins).url, "--steps", 5, "--save_every", 2]
+    words += ["--eval_data", tasks / "test.jsonl", "--eval_n", 8, "--eval_every", 5]
+    run(tasks, *words, "--out", whole)
+    kill_after_step_3(command(tasks, *words, "--out", broken), broken)
+    assert not (broken / "model.safetensors").exists()
+    run(tasks, *words, "--out", broken)
+    rows = steps_of(whole)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
+    assert steps_of(broken) == rows
     for name in ("rollouts-0.jsonl", "model.safetensors"):
-        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    assert whole[0]["eval_win"] == 0.5 and whole[-1]["eval_n"] == 8 and (tmp_path / "whole" / "curves.png").stat().st_size > 10_000
-    assert all(row["duels"] <= 6 * 12 and row["no_verdict"] == 0 for row in whole[1:])
-    said = [json.loads(line) for line in (tmp_path / "whole" / "rollouts-0.jsonl").read_text().splitlines()]
-    for at in range(0, len(said), 4):  # within a prompt the longer answer never scores less
-        group = sorted(said[at:at + 4], key=lambda r: (len(r["text"].strip()), r["text"].strip()))
-        assert all(a["reward"] <= b["reward"] for a, b in zip(group, group[1:]))
+        assert (broken / name).read_bytes() == (whole / name).read_bytes(), name
+    assert rows[0]["eval_win"] == 0.5
+    assert rows[-1]["eval_n"] == 8
+    for row in rows[1:]:
+        assert row["duels"] <= 6 * 4 * 3
+        assert row["no_verdict"] == 0
+    check_that_longer_answers_earn_more(read_rows(whole / "rollouts-0.jsonl"))
 
 
-def test_two_ranks_take_the_same_steps_as_one(toy, serve, tmp_path):
-    words = ["--judge_url", serve(LONGER).url, "--steps", 2]
-    run(toy, *words, "--out", tmp_path / "one", "--zero", 0)
-    run(toy, *words, "--out", tmp_path / "two", "--zero", 2, "--micro_tokens", 300, ranks=2)
-    one, two = logged(tmp_path / "one"), logged(tmp_path / "two")
-    assert len(one) == 2 and one[0]["grad_norm"] > 1e-3 and one[0]["spread"] > 0.05
-    for a, b in zip(one, two):
-        for key in ("reward", "exact", "spread", "flat", "distinct", "duels", "judge_right", "ring_rank", "loss", "grad_norm", "ratio_max", "entropy", "length"):
-            assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-5), key
+def check_that_longer_answers_earn_more(rollouts):
+    for start in range(0, len(rollouts), 4):  # the answers to a prompt
+        group = rollouts[start : start + 4]
+        group.sort(key=lambda row: (len(row["text"].strip()), row["text"].strip()))
+        rewards = [row["reward"] for row in group]
+        assert rewards == sorted(rewards)
 
 
-def test_it_learns_what_wins_and_a_dead_judge_stops_it_with_a_checkpoint(toy, serve, tmp_path):
-    """A reward model that likes one answer above all: its share grows in a few steps, and the win rate over the start with it."""
-    server = serve(lambda a, b: verdict(1 if a == "triangle" else 2))
-    words = ["--judge_url", server.url, "--steps", 8, "--rollout_batch", 16, "--samples", 8, "--train_batch", 128, "--chunk", 8, "--eval_data", toy / "test.jsonl", "--eval_every", 8,
-             "--save_every", 8, "--lr", 2e-3, "--out", tmp_path / "out"]
-    run(toy, *words)
-    said = [json.loads(line) for line in (tmp_path / "out" / "rollouts-0.jsonl").read_text().splitlines()]
-    share = lambda step: sum(r["text"] == "triangle" for r in said if r["step"] == step) / 128
-    assert share(8) > share(1) + 0.1, [share(s) for s in range(1, 9)]
-    assert logged(tmp_path / "out")[-1]["eval_win"] > 0.5
+@pytest.mark.slow
+def test_two_ranks_take_the_same_steps_as_one(tasks, serve, tmp_path):
+    words = ["--judge_url", serve(the_longer_wins).url, "--steps", 2]
+    run(tasks, *words, "--out", tmp_path / "one", "--zero", 0)
+    run(tasks, *words, "--out", tmp_path / "two", "--micro_tokens", 300, ranks=2)
+    one, two = steps_of(tmp_path / "one"), steps_of(tmp_path / "two")
+    assert len(one) == 2
+    assert one[0]["grad_norm"] > 1e-3
+    assert one[0]["spread"] > 0.05
+    keys = ["reward", "exact", "spread", "flat", "distinct", "duels", "judge_right", "ring_rank"]
+    keys += ["loss", "grad_norm", "ratio_max", "entropy", "length"]
+    for expected, found in zip(one, two):
+        for key in keys:
+            assert found[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-5), key
+
+
+@pytest.mark.slow
+def test_the_policy_learns_what_wins_and_a_dead_reward_model_stops_it(tasks, serve, tmp_path):
+    """The reward model likes one answer above all. Its share grows in a few steps."""
+    server = serve(lambda first, second: verdict(1 if first == "triangle" else 2))
+    words = ["--judge_url", server.url, "--rollout_batch", 16, "--samples", 8, "--chunk", 8]
+    words += ["--train_batch", 128, "--lr", 2e-3, "--save_every", 8]
+    words += ["--eval_data", tasks / "test.jsonl", "--eval_every", 8]
+    run(tasks, *words, "--steps", 8, "--out", tmp_path / "out")
+    liked = [0] * 9
+    for row in read_rows(tmp_path / "out" / "rollouts-0.jsonl"):
+        liked[row["step"]] += row["text"] == "triangle"
+    assert liked[8] / 128 > liked[1] / 128 + 0.1, liked
+    assert steps_of(tmp_path / "out")[-1]["eval_win"] > 0.5
     server.close()
-    words[words.index("--out") + 1] = tmp_path / "dead"
-    told = run(toy, *words[:-4], "--eval_n", 1, "--judge_patience", 1, *words[-4:], fails=True)
-    assert "downstream_grpo.py: stopped, with a checkpoint" in told and "has not replied for 1 s" in told
+    words += ["--steps", 1, "--eval_n", 1, "--judge_patience", 1, "--out", tmp_path / "dead"]
+    printed = run(tasks, *words, fails=True)
+    assert "downstream_grpo.py: stopped, with a checkpoint" in printed
+    assert "no reply for 1 s" in printed
     assert "step-000000" in os.listdir(tmp_path / "dead" / "checkpoints")
 
 
-# ---------------------------------------------------------------------------------------------------
-# a real server
+# --------------------------------------------------------------------------------------------------
+# A real server
 
 
-def test_the_forced_token_of_a_real_server_is_transformers_own(toy, tmp_path):
-    """vLLM continues the reply after the empty thought: P("1") is what transformers computes, pictures included; and prefixes are met again."""
-    from sft import INPUTS, collate, encode, load_policy, load_processor, save_policy
-    policy, processor = load_policy(ROOT / "toy/weak", dtype=torch.float32), load_processor(ROOT / "toy/weak")
-    rng = random.Random(0)  # a few steps of judgements, or neither digit is among the 20 likeliest tokens that a server tells of
+def teach_to_answer(policy, processor, tasks, steps=30):
+    """Without it neither digit is among the 20 likeliest tokens that a server lists."""
+    rng = random.Random(0)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)
+    for _ in range(steps):
+        samples = []
+        for task in rng.sample(tasks, 4):
+            pair = Pair("", "", task.question, task.images, None, ["red", "blue"], 1)
+            text = f"{downstream_grpo.EMPTY_THOUGHT}{rng.choice((1, 2))}</answer>"
+            samples.append(encode(processor, judging_turns(pair), text))
+        logps, _ = token_logps(policy, collate(samples, processor.tokenizer.pad_token_id))
+        optimizer.zero_grad()
+        (-logps.sum(1).mean()).backward()
+        optimizer.step()
 
-    def judged():
-        dialogue = pretrain.judging(rng.choice(world.twins(rng)), (0, 1), "hasty", rng)
-        return dialogue | {"turns": [(dialogue["turns"][0][0], f"{d.PREFIX}{rng.choice((1, 2))}</answer>")]}
 
-    pretrain.train(policy.model, processor, lambda done: [judged() for _ in range(8)], 60, log_every=60)
-    save_policy(policy, processor, tmp_path)
+@torch.no_grad()
+def probability_of_1(policy, processor, duel):
+    """As transformers computes it."""
+    answers = [duel.first, duel.second]
+    pair = Pair("", "", duel.question, list(duel.images), None, answers, 1)
+    sample = encode(processor, judging_turns(pair))
+    tokenizer = processor.tokenizer
+    sample.response_ids = tokenizer(downstream_grpo.EMPTY_THOUGHT)["input_ids"]
+    batch = collate([sample], tokenizer.pad_token_id)
+    inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
+    digits = tokenizer.convert_tokens_to_ids(["1", "2"])
+    logits = policy.model(**inputs).logits[0, -1, digits]
+    return logits.softmax(0)[0].item()
+
+
+def prefix_cache(url, what):
+    with urllib.request.urlopen(url.removesuffix("/v1") + "/metrics") as page:
+        text = page.read().decode()
+    line = re.search(rf"^vllm:prefix_cache_{what}_total{{.*}} (\S+)$", text, re.MULTILINE)
+    return float(line[1])
+
+
+@pytest.mark.slow
+def test_the_forced_token_of_a_real_server_is_that_of_transformers(tasks, tmp_path):
+    """With pictures; and what calls have in common is computed once."""
+    policy, processor = load_policy(WEAK, dtype=torch.float32), load_processor(WEAK)
+    some = downstream_grpo.read_tasks([("tasks", tasks / "train.jsonl")], tmp_path)[:4]
+    teach_to_answer(policy, processor, some)
+    save_policy(policy, processor, tmp_path / "model")
     policy.eval()
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    server = subprocess.Popen([sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tmp_path), "--dtype", "float32", "--enforce-eager",
-                               "--max-model-len", "1024", "--host", "127.0.0.1", "--port", str(port)], cwd=ROOT, env=ENV | {"VLLM_CPU_KVCACHE_SPACE": "1"},
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    try:
-        tasks = d.read_tasks([("tasks", toy / "train.jsonl")], toy)[:4]
-        asked = [d.Duel(t["question"], tuple(t["images"]), *order, t["answer"]) for t in tasks
-                 for order in ((a, b) for a in ("red", "a square", "two") for b in ("red", "a square", "two") if a != b)]
-        expected, ids = [], processor.tokenizer.convert_tokens_to_ids(["1", "2"])
-        for duel in asked:
-            turns = d.messages({"question": duel.question, "images": duel.images, "video": None, "responses": (duel.first, duel.second)})
-            row = encode(processor, turns)
-            row["response"] = processor.tokenizer(d.PREFIX)["input_ids"]
-            batch = collate([row], processor.tokenizer.pad_token_id)
-            with torch.no_grad():
-                logits = policy.model(**{k: batch[k] for k in INPUTS if k in batch}).logits[0, -1, ids]
-            expected.append(torch.softmax(logits, 0)[0].item())
-        url, deadline = f"http://127.0.0.1:{port}", time.time() + 180
-        while time.time() < deadline and server.poll() is None:
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=2)
-                break
-            except OSError:
-                time.sleep(0.5)
-        judge = d.Duels(args("--verdict", "token", "--judge_url", f"{url}/v1", "--judge_model", tmp_path, "--judge_patience", 30))
-        assert judge.submit(asked).result() == pytest.approx(expected, abs=1e-4)
-        metrics = urllib.request.urlopen(f"{url}/metrics").read().decode()
-        queries, hits = (float(re.search(rf"^vllm:prefix_cache_{k}_total{{.*}} (\S+)$", metrics, re.M)[1]) for k in ("queries", "hits"))
-        assert hits > 0.5 * queries  # picture, instructions, question and first answer; a third of the calls begin with something new
-        reasoned = d.Duels(args("--judge_url", f"{url}/v1", "--judge_model", tmp_path, "--judge_tokens", 60, "--judge_patience", 30)).submit(asked[:6]).result()
-        assert all(p != p or p in (0.0, 1.0) for p in reasoned)  # the base model may say anything; NaN is no verdict
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)  # its worker too
-        server.wait(30)
+    asked = []
+    for task in some:
+        for first in ("red", "a square", "two"):
+            for second in ("red", "a square", "two"):
+                if first != second:
+                    asked.append(duels.duel(task, first, second))
+    expected = [probability_of_1(policy, processor, duel) for duel in asked]
+    words = ["--max-model-len", "1024"]
+    with vllm_server(tmp_path / "model", tmp_path / "server.log", "judge", *words) as url:
+        server = ["--judge_url", url, "--judge_model", "judge", "--judge_patience", 30]
+        reward_model = downstream_grpo.RewardModel(args_of("--verdict", "token", *server))
+        assert reward_model.submit(asked).result() == pytest.approx(expected, abs=1e-4)
+        # images, instructions, question and first answer; a third of the calls begin anew
+        assert prefix_cache(url, "hits") > 0.5 * prefix_cache(url, "queries")
+        reward_model = downstream_grpo.RewardModel(args_of("--judge_tokens", 60, *server))
+        for p in reward_model.submit(asked[:6]).result():
+            assert math.isnan(p) or p in (0.0, 1.0)

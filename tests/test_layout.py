@@ -1,8 +1,8 @@
 """
-The architecture, held by the syntax trees: who imports whom, what an import costs, that every flag is read, that every command in
-a docstring or in README.md would be taken by the script it names, and that names and diffs in README.md fit the code. Scripts are
-checked from the day they exist; the checks themselves are tried on small sources with a known fault.
+The structure of the project, read from its syntax trees: which room may import which, what an
+import costs, that every flag is used, and that every command, name and diff in the docs fits.
 """
+
 import ast
 import importlib
 import re
@@ -14,55 +14,176 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PIPELINE = ["stable_reinforce", "annotate", "sft", "judge", "rl", "evaluate", "downstream_grpo"]  # each imports from its left only
-SCRIPTS = [name for name in PIPELINE if (ROOT / f"{name}.py").exists()]
-TOY = [f"toy/{path.stem}" for path in sorted((ROOT / "toy").glob("*.py"))]
-HEAVY = {"vllm", "deepspeed", "transformers", "openai", "PIL", "datasets", "qwen_vl_utils", "matplotlib", "torchvision"}
-FOLDERS = ["toy", "tests", "bench"]
+STAGES = ["annotate", "sft", "judge", "rl", "evaluate", "downstream_grpo"]
+STAGES_IMPORTED_BY = {"rl": {"judge"}, "downstream_grpo": {"rl", "judge"}}
+# what each room may import of the others; a room may always import itself
+ROOMS = {
+    "stable_reinforce": set(),
+    "core": {"stable_reinforce"},
+    "sources": {"core", "stable_reinforce"},
+    "viewer": {"sources", "core", "stable_reinforce"},
+    "stages": {"viewer", "sources", "core", "stable_reinforce", "toy"},
+}
+HEAVY = {
+    "vllm",
+    "deepspeed",
+    "transformers",
+    "openai",
+    "PIL",
+    "pyarrow",
+    "qwen_vl_utils",
+    "matplotlib",
+    "torchvision",
+}
+MOST_NAMES = 18  # that a stage imports from one room
 
 
-def imports(source):
-    """Top names of all modules that a source imports anywhere in it."""
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found.add("." if node.level else node.module.split(".")[0])
+def sources_of(*patterns):
+    """{module name: its source} of the project's files."""
+    found = {}
+    for pattern in patterns:
+        for path in sorted(ROOT.glob(pattern)):
+            module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            found[module.removesuffix(".__init__")] = path.read_text()
     return found
 
 
-def flags(source):
-    """The attribute each --flag of a source is stored in."""
+PROJECT = sources_of("*.py", "core/*.py", "sources/*.py", "viewer/*.py")
+TOY = sources_of("toy/*.py")
+
+
+def imports(source):
+    """{first part of a module's name: the names imported from it} anywhere in a source."""
+    found = {}
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call) and (getattr(node.func, "attr", "") == "add_argument" or getattr(node.func, "id", "") == "add"):
-            names = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
-            dest = next((k.value.value for k in node.keywords if k.arg == "dest"), None)
-            long = next((n for n in names if n.startswith("--")), names[0] if names else "")
-            yield dest or long.lstrip("-").replace("-", "_")
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                found.setdefault(alias.name.split(".")[0], set()).add(alias.name)
+        elif isinstance(node, ast.ImportFrom):
+            room = "." if node.level else node.module.split(".")[0]
+            found.setdefault(room, set()).update(alias.name for alias in node.names)
+    return found
 
 
-def unread_flags(source, *others):
-    """Flags never read as args.x (or through vars(args) by name, which does not count); others: sources of what gets args handed on."""
-    nodes = [n for text in (source, *others) for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Attribute)]
-    read = {n.attr for n in nodes if "args" in (getattr(n.value, "id", ""), getattr(n.value, "attr", ""))}
-    return sorted(set(flags(source)) - read)
+def room_of(module):
+    room = module.split(".")[0]
+    return "stages" if room in STAGES else room
+
+
+# ------------------------------------------------------------------------------------------------
+# Rooms and arrows
+
+
+def test_the_top_level_is_the_pipeline():
+    scripts = {f"{name}.py" for name in STAGES}
+    allowed = scripts | {"stable_reinforce.py", "test_stable_reinforce.py"}
+    assert {path.name for path in ROOT.glob("*.py")} == allowed
+
+
+@pytest.mark.parametrize("module", [name for name in PROJECT if name != "test_stable_reinforce"])
+def test_imports_follow_the_arrows(module):
+    found = imports(PROJECT[module])
+    room = room_of(module)
+    project = {*ROOMS, *STAGES, "toy", "bench", "tests"}
+    allowed = ROOMS[room] | STAGES_IMPORTED_BY.get(module, set())
+    if room not in ("stages", "stable_reinforce"):
+        allowed = allowed | {room}
+    assert found.keys() & project <= allowed
+    assert "." not in found
+
+
+def test_the_mathematics_needs_torch_and_nothing_else():
+    assert imports(PROJECT["stable_reinforce"]).keys() == {"torch", "math", "re", "typing"}
+
+
+@pytest.mark.parametrize("module", STAGES)
+def test_a_stage_can_be_read_without_knowing_forty_names(module):
+    for room, names in imports(PROJECT[module]).items():
+        if room in ("core", "sources", "viewer", "stable_reinforce", *STAGES):
+            assert len(names) <= MOST_NAMES, f"{module} imports {len(names)} names from {room}"
+
+
+@pytest.mark.parametrize("module", [*STAGES, "stable_reinforce", *TOY])
+def test_an_import_loads_none_of_the_heavy_libraries(module):
+    code = f"import sys, {module}; print(*sorted({HEAVY!r} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ""
+
+
+# ------------------------------------------------------------------------------------------------
+# Flags
+
+
+def flags(source):
+    """The attribute of args in which each --flag of a source is stored."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        function = getattr(node.func, "attr", "") or getattr(node.func, "id", "")
+        if function not in ("add_argument", "add"):
+            continue
+        names = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+        names = [name for name in names if isinstance(name, str)]
+        for name in names:
+            if name.startswith("--"):
+                found.append(name.removeprefix("--").replace("-", "_"))
+    return found
+
+
+def attributes_of_args(source):
+    """The names read as args.name or self.args.name."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            owner = getattr(node.value, "id", "") or getattr(node.value, "attr", "")
+            if owner == "args":
+                found.add(node.attr)
+    return found
+
+
+def test_every_flag_is_read():
+    read = set()
+    for source in PROJECT.values():
+        read |= attributes_of_args(source)
+    for module, source in PROJECT.items():
+        assert set(flags(source)) <= read, module
+    for module, source in TOY.items():
+        assert set(flags(source)) <= attributes_of_args(source) | read, module
+
+
+@pytest.mark.parametrize("module", STAGES)
+def test_help_tells_every_default(module):
+    parser = importlib.import_module(module).parser()
+    text = " ".join(parser.format_help().split())
+    for action in parser._actions:
+        if action.option_strings and action.default not in (None, False, [], {}, "==SUPPRESS=="):
+            assert f"[{action.default}]" in text, action.option_strings
+
+
+# ------------------------------------------------------------------------------------------------
+# What the docs say
 
 
 def commands(text, marker):
-    """(script or "make", its words) of each command line that begins with marker; a backslash continues a line."""
+    """(script or "make", its words) of each command line; a backslash continues a line."""
     for line in re.sub(r"\\\n\s*", " ", text).splitlines():
         line = line.strip()
-        if marker and not line.startswith(marker):
+        if not line.startswith(marker):
             continue
-        words = shlex.split(line[len(marker):], comments=True)
+        words = shlex.split(line.removeprefix(marker), comments=True)
         while words and re.fullmatch(r"[A-Z][A-Z0-9_]*=.*", words[0]):  # VARIABLE=value command
             words = words[1:]
-        scripts = [i for i, w in enumerate(words) if w.endswith(".py") and "::" not in w]
-        if words and words[0] == "make":
-            yield "make", [w for w in words[1:] if "=" not in w and not w.startswith("-")]
-        elif words and words[0] in ("python", "python3", "torchrun", "deepspeed") and scripts and "pytest" not in words:
-            yield words[scripts[0]], words[scripts[0] + 1:]
+        if not words:
+            continue
+        scripts = [i for i, word in enumerate(words) if word.endswith(".py") and ":" not in word]
+        if words[0] == "make":
+            yield "make", [word for word in words[1:] if "=" not in word and word[0] != "-"]
+        elif words[0] in ("python", "torchrun") and scripts and "pytest" not in words:
+            yield words[scripts[0]], words[scripts[0] + 1 :]
 
 
 def shell_blocks(markdown):
@@ -70,123 +191,114 @@ def shell_blocks(markdown):
 
 
 def documented_commands():
-    for name in SCRIPTS + TOY:
-        for command in commands(ast.get_docstring(ast.parse((ROOT / f"{name}.py").read_text())), "$ "):
-            yield (f"{name}.py", *command)
-    for command in commands(shell_blocks((ROOT / "README.md").read_text()), ""):
-        yield ("README.md", *command)
-
-
-# ---------------------------------------------------------------------------------------------------
-
-
-def test_the_top_level_is_the_pipeline():
-    allowed = {f"{name}.py" for name in PIPELINE} | {"test_stable_reinforce.py"}
-    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    there = {p for p in tracked if "/" not in p} or {p.name for p in ROOT.glob("*.py")}  # not a git checkout: what lies there
-    assert "stable_reinforce.py" in there and there <= allowed, there - allowed
-    assert not [p for p in ROOT.rglob("utils.py") if ".venv" not in p.parts]
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_imports_point_back_along_the_pipeline(name):
-    found = imports((ROOT / f"{name}.py").read_text())
-    siblings = found & (set(PIPELINE) | {"test_stable_reinforce", *FOLDERS, "."})
-    assert siblings <= set(PIPELINE[:PIPELINE.index(name)])
-    if name == "stable_reinforce":
-        assert found == {"torch", "math", "re"}
-
-
-@pytest.mark.parametrize("name", SCRIPTS + TOY)
-def test_an_import_loads_none_of_the_heavy_libraries(name):
-    code = f"import sys, {name.replace('/', '.')}; print(' '.join(sorted({HEAVY!r} & set(sys.modules))))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stdout.strip() == "", done.stdout + done.stderr
-
-
-@pytest.mark.parametrize("name", SCRIPTS + TOY)
-def test_every_flag_is_read(name):
-    source = (ROOT / f"{name}.py").read_text()
-    assert unread_flags(source, *((ROOT / f"{other}.py").read_text() for other in imports(source) & {*PIPELINE})) == []
-
-
-@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "stable_reinforce"])
-def test_help_tells_every_default(name, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
-    p = importlib.import_module(name).parser()
-    text = " ".join(p.format_help().split())
-    defaults = [a.default for a in p._actions if a.option_strings and a.default not in (None, [], {}, "==SUPPRESS==")]
-    untold = [default for default in defaults if default is not False and f"[{default}]" not in text]
-    assert untold == [] and len(defaults) > 4
+    found = []
+    for module, source in (PROJECT | TOY).items():
+        text = ast.get_docstring(ast.parse(source)) or ""
+        found += [(module, *command) for command in commands(text, "$ ")]
+    for document in ("README.md", "results/README.md"):
+        text = (ROOT / document).read_text()
+        found += [(document, *command) for command in commands(shell_blocks(text), "")]
+    return found
 
 
 def test_every_documented_command_is_taken_by_its_script():
     """Each script offers parser(): the argparse parser that its main() uses."""
-    targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    seen = 0
-    sys.path.insert(0, str(ROOT))
-    try:
-        for where, script, words in documented_commands():
-            seen += 1
-            if script == "make":
-                assert set(words) <= targets, f"{where}: make {' '.join(words)}: the Makefile has {sorted(targets)}"
-                continue
-            assert (ROOT / script).exists(), f"{where}: {script} does not exist"
-            try:
-                importlib.import_module(script.removesuffix(".py").replace("/", ".")).parser().parse_args(words)
-            except SystemExit as stop:
-                assert stop.code == 0, f"{where}: {script} does not take: {' '.join(words)}"
-    finally:
-        sys.path.remove(str(ROOT))
-    assert seen  # make test at least stands in the README
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z][\w-]*):", makefile, re.MULTILINE))
+    found = documented_commands()
+    assert ("README.md", "make", ["test"]) in found
+    for where, script, words in found:
+        if script == "make":
+            assert set(words) <= targets, f"{where}: make {' '.join(words)}"
+            continue
+        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+        try:
+            module.parser().parse_args(words)
+        except SystemExit as stop:
+            assert stop.code == 0, f"{where}: {script} does not take {' '.join(words)}"
 
 
 def test_the_examples_in_the_readme_are_true():
-    done = subprocess.run([sys.executable, "-m", "doctest", "README.md"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", "doctest", "README.md"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stdout
     assert (ROOT / "README.md").read_text().count(">>> ") > 5
 
 
+def top_level_names(source):
+    names = set()
+    for node in ast.parse(source).body:
+        names.add(getattr(node, "name", None))
+        for target in getattr(node, "targets", []):
+            names.add(getattr(target, "id", None))
+    return names
+
+
 def test_every_name_in_the_readme_is_there():
-    named = set(re.findall(r"`(\w+)\.([A-Za-z_]\w*)[`(]", (ROOT / "README.md").read_text()))
-    named = {(module, name) for module, name in named if module in SCRIPTS and name not in ("py", "jsonl")}
-    assert len(named) > 8
-    for module, name in named:
-        tree = ast.parse((ROOT / f"{module}.py").read_text())
-        there = {getattr(node, "name", None) for node in tree.body}
-        there |= {target.id for node in tree.body if isinstance(node, ast.Assign) for target in node.targets if isinstance(target, ast.Name)}
-        assert name in there, f"README.md names {module}.{name}; {module}.py has none"
+    """`rl.sync`, `core.voting.chances`: a module of the project and a name in it."""
+    text = (ROOT / "README.md").read_text()
+    found = 0
+    for dotted in re.findall(r"`((?:\w+\.)+\w+)[`(]", text):
+        module, _, name = dotted.rpartition(".")
+        if module in PROJECT and name not in ("py", "jsonl"):
+            assert name in top_level_names(PROJECT[module]), f"README.md names {dotted}"
+            found += 1
+    assert found > 8
 
 
 def test_the_diffs_in_the_readme_fit_the_files():
-    text, fitted = (ROOT / "README.md").read_text(), 0
-    for before, diff in re.findall(r"([^\n]*`\w+\.py`[^\n]*)\n\n```diff\n(.*?)```", text, re.S):
-        source = (ROOT / re.search(r"`(\w+\.py)`", before)[1]).read_text().splitlines()
+    """A line without a + must be in the file that the sentence before the diff names."""
+    text = (ROOT / "README.md").read_text()
+    diffs = re.findall(r"([^\n]*`[\w/]+\.py`[^\n]*)\n\n```diff\n(.*?)```", text, re.DOTALL)
+    assert len(diffs) == text.count("```diff")
+    for sentence, diff in diffs:
+        file = re.search(r"`([\w/]+\.py)`", sentence)[1]
+        lines = (ROOT / file).read_text().splitlines()
         for line in diff.splitlines():
-            if line[0] != "+":
-                assert line[1:] in source, f"README.md, {before}: no line {line[1:]!r} there"
-                fitted += 1
-    assert text.count("```diff") == 4 and fitted >= 5
+            if not line.startswith("+"):
+                assert line[1:] in lines, f"README.md, {sentence}: {file} has no line {line[1:]!r}"
 
 
-# ---------------------------------------------------------------------------------------------------
-# the checks, checked
+def test_every_file_that_the_readme_links_to_is_there():
+    for document in ("README.md", "results/README.md"):
+        folder = (ROOT / document).parent
+        for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", (ROOT / document).read_text()):
+            if "://" not in link:
+                assert (folder / link).exists(), f"{document} links to {link}"
+
+
+# ------------------------------------------------------------------------------------------------
+# The checks, checked
 
 
 def test_the_import_check_sees_every_kind_of_import():
-    source = "import torch.nn as nn, os\ndef f():\n    from rl import rollout\n    import sft\nfrom . import x\n"
-    assert imports(source) == {"torch", "os", "rl", "sft", "."}
+    source = "import torch.nn as nn, os\ndef f():\n    from rl import sync\nfrom . import x\n"
+    expected = {"torch": {"torch.nn"}, "os": {"os"}, "rl": {"sync"}, ".": {"x"}}
+    assert imports(source) == expected
 
 
 def test_the_flag_check_sees_a_dead_flag():
-    source = "p.add_argument('--lr')\np.add_argument('--dry-run', action='store_true')\np.add_argument('-n', '--number')\n" \
-             "p.add_argument('data')\nadd('--far')\nadd('--dead')\nprint(args.lr, args.data, other.number)"
-    assert sorted(flags(source)) == ["data", "dead", "dry_run", "far", "lr", "number"]
-    assert unread_flags(source, "print(self.args.far)") == ["dead", "dry_run", "number"]
+    source = "p.add_argument('--lr')\nadd('--dry-run', action='store_true')\nuse(args.lr)"
+    assert flags(source) == ["lr", "dry_run"]
+    assert attributes_of_args(source) == {"lr"}
+    assert attributes_of_args("self.args.far, other.near") == {"far"}
 
 
 def test_the_command_check_reads_commands():
-    text = "do:\n    $ X=1 torchrun --nproc_per_node=4 rl.py --clip 1e3 \\\n        --data 'a b'  # comment\n    $ make test\n" \
-           "    $ python -m pytest a.py\n rl.py --not-a-command\n    $ python toy/world.py --show\n"
-    assert list(commands(text, "$ ")) == [("rl.py", ["--clip", "1e3", "--data", "a b"]), ("make", ["test"]), ("toy/world.py", ["--show"])]
-    assert shell_blocks("a\n```sh\nmake test\n```\n```python\nmake no\n```\n```bash\nls\n```") == "make test\n\nls\n"
+    text = (
+        "do:\n    $ X=1 torchrun --nproc_per_node=4 rl.py --clip 1e3 \\\n"
+        "        --data 'a b'  # comment\n    $ make test\n    $ python -m pytest a.py\n"
+        " rl.py --not-a-command\n    $ python toy/world.py --show\n"
+    )
+    expected = [
+        ("rl.py", ["--clip", "1e3", "--data", "a b"]),
+        ("make", ["test"]),
+        ("toy/world.py", ["--show"]),
+    ]
+    assert list(commands(text, "$ ")) == expected
+    assert shell_blocks("```sh\nmake test\n```\n```python\nno\n```\n") == "make test\n"

@@ -1,29 +1,39 @@
 """
-What rl.py does with the mathematics: advantages, mini-batches, old log-probabilities, losses, optimizer steps.
+What rl.py does with the mathematics: advantages, mini-batches, old log-probabilities, losses,
+optimizer steps.
 
-The policy is a table with one log-probability for each token id, the optimizer is plain gradient descent, and what comes out is
-held against formulas written once more, with Python's numbers and one loop a sum. No model, no engine, seconds.
-
-$ python -m pytest tests/test_update.py
+The policy is a table with one log-probability for each token id, the optimizer is plain gradient
+descent, and the results are compared with the formulas written once more, with Python's numbers and
+a loop for each sum.
 """
+
+import itertools
 import math
+import os
 import random
-import sys
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 import rl
+from core import metrics
+from core import trainer as training
+from core.encoding import Sample
+from core.neighbours import ALGORITHMS
 
-DEVICE = torch.device("cpu")
-SIZES = {"--rollout_batch": 4, "--samples": 2, "--train_batch": 4, "--lr": 0.5, "--max_new_tokens": 8, "--micro_tokens": 12}
+SIZES = {
+    "--rollout_batch": 4,
+    "--samples": 2,
+    "--train_batch": 4,
+    "--lr": 0.5,
+    "--max_new_tokens": 8,
+    "--micro_tokens": 12,
+}
 
 
 def make_args(**flags):
@@ -33,8 +43,8 @@ def make_args(**flags):
     return rl.parser().parse_args(words)
 
 
-# ---------------------------------------------------------------------------------------------------
-# A policy that is a table, and an engine that is plain gradient descent
+# --------------------------------------------------------------------------------------------------
+# A policy that is a table, and a trainer that is plain gradient descent
 
 
 class Table(torch.nn.Module):
@@ -43,15 +53,18 @@ class Table(torch.nn.Module):
         self.logps = torch.nn.Parameter(torch.tensor(values, dtype=torch.float64))
 
     def forward(self, batch, entropy=False):
-        logps = self.logps[batch["tokens"]]
-        spread = torch.zeros(batch["mask"].shape, dtype=logps.dtype)
-        # the entropy of a token is three times its log-probability here: any number that is easy to follow
-        return {"logp": spread.masked_scatter(batch["mask"], logps),
-                "entropy": spread.masked_scatter(batch["mask"], -3 * logps.detach()), "score": None}
+        logps = self.logps[batch["response_ids"]]
+        mask = batch["response_mask"]
+        spread = torch.zeros(mask.shape, dtype=logps.dtype)
+        entropy = -3 * logps.detach()  # not the entropy, but a number that is easy to follow
+        return {
+            "logps": spread.masked_scatter(mask, logps),
+            "entropy": spread.masked_scatter(mask, entropy),
+        }
 
 
 class GradientDescent:
-    """The part of a DeepSpeed engine (stage 0) that an update calls; the mean over ranks as DeepSpeed takes it."""
+    """What an update calls of DeepSpeed's engine, stage 0; it takes the mean over ranks, too."""
 
     def __init__(self, policy):
         self.module = policy
@@ -84,10 +97,10 @@ class GradientDescent:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_rank():
-    rl.setup(0)
+    training.start_ranks(0)
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The problem: eight samples of four prompts, tokens from a vocabulary of six
 
 POLICY = [-1.0, -2.0, -1.0, -3.0, -2.0, -1.0]
@@ -95,43 +108,72 @@ REFERENCE = [-2.0, -1.0, -1.0, -1.0, -3.0, -2.0]
 RESPONSES = [[0, 1, 2], [3], [4, 5], [0, 0, 3, 1], [2], [5, 4, 3], [1, 2], [3, 3, 5, 0, 1]]
 REWARDS = [2.0, 0.0, 1.0, 1.0, 2.0, 2.0, 0.0, 1.0]
 # what the sampler says of each token: far away for some, so that every clip has something to do
-SAMPLED_OFFSETS = [0, 1, -1, 0, 9, -1]  # sampled = policy - offset: ratios 1, e, 1/e, 1, e^9 = 8,103, 1/e
+# sampled = policy - offset: ratios 1, e, 1/e, 1, e^9 = 8,103, 1/e
+SAMPLED_OFFSETS = [0, 1, -1, 0, 9, -1]
 
 
-def make_rows(rank=0, world=1):
-    rows = []
+def make_samples(rank=0, world=1):
+    """This rank's samples."""
+    samples = []
     for place, response in enumerate(RESPONSES):
-        rows.append({"prompt": [0, 0], "types": [0, 0], "response": list(response), "place": place, "group": place // 2,
-                     "sampled": [POLICY[token] - SAMPLED_OFFSETS[token] for token in response]})
-    return rows[rank * len(rows) // world:(rank + 1) * len(rows) // world]
+        sampled = [POLICY[token] - SAMPLED_OFFSETS[token] for token in response]
+        sample = Sample([0, 0], [0, 0], {}, response_ids=list(response), sampled_logps=sampled)
+        sample.place = place
+        sample.group = place // 2
+        samples.append(sample)
+    return share(samples, rank, world)
+
+
+def share(items, rank, world):
+    return items[rank * len(items) // world : (rank + 1) * len(items) // world]
 
 
 def run_steps(args, steps=1, rank=0, world=1):
-    """`steps` rollouts of the same samples through rl.py's own functions -> the table after each, losses, kept flags, the log's row."""
-    policy = Table(POLICY)
-    trainer = GradientDescent(policy)
+    """
+    `steps` rollouts of the same samples through rl.py's own functions: the table after each, the
+    losses, the kept flags of the last, the log's row of the last.
+    """
+    trainer = GradientDescent(Table(POLICY))
     reference = Table(REFERENCE).requires_grad_(False) if args.kl_coef else None
+    processor = SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=0))
+    run = rl.Run(args, rank, world, torch.device("cpu"), processor, None, trainer, reference)
+    judge = SimpleNamespace(counts={"calls": 0, "failed": 0, "unparsable": 0})
+    rewards = torch.tensor(share(REWARDS, rank, world), dtype=torch.float64)
     tables, losses, kept, row = [], [], None, None
     for step in range(steps):
-        rows = make_rows(rank, world)
-        rewards = torch.tensor(REWARDS[rank * 8 // world:(rank + 1) * 8 // world], dtype=torch.float64)
-        batches = rl.mini_batches(rows, step, args)
-        rl.old_logps(batches, trainer, reference, args, 0, DEVICE)
-        kept = rl.advantages_of(rows, rewards, args)
-        updates = rl.learn(trainer, batches, step, {"skipped": 0}, args, 0, DEVICE)
-        tables.append(policy.logps.detach().tolist())
-        losses += [loss for loss, _ in updates[0]]
-        judge = SimpleNamespace(counts={"calls": 0, "failed": 0, "unparsable": 0})
-        row = rl.of_updates(updates, judge, {"update": 1.0})
+        samples = make_samples(rank, world)
+        mini_batches = rl.split_into_mini_batches(samples, step, args)
+        rl.set_old_logps(run, mini_batches)
+        rl.set_reference_logps(run, mini_batches)
+        kept = rl.set_advantages(samples, rewards, args)
+        updates = rl.learn(run, mini_batches, step, {"skipped": 0})
+        tables.append(trainer.module.logps.detach().tolist())
+        losses += [update.loss for update in updates]
+        row = metrics.update_metrics(updates, judge, {"update": 1.0})
     return tables, losses, kept.tolist(), row
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The same, once more, with Python's numbers
 
 
+class Seen(NamedTuple):
+    """A token as an update saw it."""
+
+    ratio: float
+    low: bool  # clipped
+    high: bool
+    entropy: float
+    log_ratio: float
+
+
+def mean_and_std(values):
+    mean = sum(values) / len(values)
+    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
+
+
 class Formulas:
-    """Each algorithm from its paper, a loop a sum."""
+    """Each algorithm as its paper has it, a loop for each sum."""
 
     def __init__(self, args):
         self.args = args
@@ -139,47 +181,62 @@ class Formulas:
         self.table = list(POLICY)
 
     def kl_of_tokens(self, place):
-        return [POLICY_now - REFERENCE[t] for t, POLICY_now in ((t, self.old[place][i]) for i, t in enumerate(RESPONSES[place]))]
+        old = self.old[place]
+        return [logp - REFERENCE[token] for logp, token in zip(old, RESPONSES[place])]
 
     def advantages(self):
         """{(place, position): A} and the kept flags."""
-        algo, args = self.args.algo, self.args
-        rewards = {(p, i): REWARDS[p] for p, response in enumerate(RESPONSES) for i in range(len(response))}
-        totals = list(REWARDS)
-        if args.kl_coef and args.kl == "k1":
-            for p, response in enumerate(RESPONSES):
-                kl = self.kl_of_tokens(p)
-                totals[p] -= args.kl_coef * sum(kl)
-                for i in range(len(response)):
-                    rewards[p, i] -= args.kl_coef * sum(kl[i:])
-        found, kept = {}, [True] * len(RESPONSES)
-        if algo in ("stable_reinforce", "reinforce++", "ppo", "topr"):
-            per_token = args.kl_coef and args.kl == "k1" and algo != "topr"
-            values = list(rewards.values()) if per_token else totals
-            mean = sum(values) / len(values)
-            std = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
-            for (p, i), r in rewards.items():
-                a = (r if per_token else totals[p]) - mean
-                if algo in ("stable_reinforce", "reinforce++"):
-                    a /= std
-                if algo == "stable_reinforce" and args.sigma and abs(a) > args.sigma:
-                    a, kept[p] = 0.0, False
+        rewards, totals = self.rewards()
+        if self.args.algo in ("stable_reinforce", "reinforce++", "ppo", "topr"):
+            return self.batch_advantages(rewards, totals)
+        found = {}
+        for p, response in enumerate(RESPONSES):
+            a = self.group_advantage(p, totals)
+            for i in range(len(response)):
                 found[p, i] = a
-        else:
-            for p, response in enumerate(RESPONSES):
-                mates = [totals[q] for q in range(len(RESPONSES)) if q // 2 == p // 2]
-                mean = sum(mates) / len(mates)
-                a = totals[p] - mean
-                if algo in ("grpo", "dapo", "cispo"):
-                    a /= math.sqrt(sum((m - mean) ** 2 for m in mates) / len(mates)) + 1e-4
-                if algo == "rloo":
-                    a = totals[p] - (sum(mates) - totals[p]) / (len(mates) - 1)
-                for i in range(len(response)):
-                    found[p, i] = a
+        return found, [True] * len(RESPONSES)
+
+    def rewards(self):
+        """{(place, position): reward} and each sample's total, less a penalty k1."""
+        rewards, totals = {}, list(REWARDS)
+        for p, response in enumerate(RESPONSES):
+            kl = [0.0] * len(response)
+            if self.args.kl_coef and self.args.kl == "k1":
+                kl = self.kl_of_tokens(p)
+            totals[p] -= self.args.kl_coef * sum(kl)
+            for i in range(len(response)):
+                rewards[p, i] = REWARDS[p] - self.args.kl_coef * sum(kl[i:])
+        return rewards, totals
+
+    def batch_advantages(self, rewards, totals):
+        algo, sigma = self.args.algo, self.args.sigma
+        per_token = self.args.kl_coef and self.args.kl == "k1" and algo != "topr"
+        values = list(rewards.values()) if per_token else totals
+        mean, std = mean_and_std(values)
+        found, kept = {}, [True] * len(RESPONSES)
+        for (p, i), reward in rewards.items():
+            a = (reward if per_token else totals[p]) - mean
+            if algo in ("stable_reinforce", "reinforce++"):
+                a /= std
+            if algo == "stable_reinforce" and sigma and abs(a) > sigma:
+                a, kept[p] = 0.0, False
+            found[p, i] = a
         return found, kept
 
+    def group_advantage(self, p, totals):
+        mates = [totals[q] for q in range(len(RESPONSES)) if q // 2 == p // 2]
+        mean, std = mean_and_std(mates)
+        if self.args.algo == "rloo":
+            return totals[p] - (sum(mates) - totals[p]) / (len(mates) - 1)
+        if self.args.algo == "dr_grpo":
+            return totals[p] - mean
+        return (totals[p] - mean) / (std + 1e-4)
+
     def token_terms(self, place, advantages):
-        """[(objective, its derivative by the token's log-probability, ratio, clipped below, clipped above), ...] of a sample."""
+        """
+        Of each token of a sample: objective, its derivative by the token's log-probability, ratio,
+        clipped below, clipped above.
+        """
         args, algo = self.args, self.args.algo
         low, high = 1 - args.eps, 1 + (args.eps if args.eps_high is None else args.eps_high)
         if algo == "dapo" and args.eps_high is None:
@@ -203,13 +260,14 @@ class Formulas:
                 terms.append((weight * a * new, weight * a, ratio, False, a < 0 and whole > 0))
             elif algo == "cispo":
                 top = 1 + (4.0 if args.eps_high is None else args.eps_high)
-                terms.append((min(ratio, top) * a * new, min(ratio, top) * a, ratio, False, ratio > top))
+                weight = min(ratio, top)
+                terms.append((weight * a * new, weight * a, ratio, False, ratio > top))
             else:
                 clipped = max(low, min(high, ratio)) * a
-                taken = ratio * a <= clipped
-                inside = low <= ratio <= high
-                terms.append((ratio * a, slope * a, ratio, False, False) if taken or inside else
-                             (clipped, 0.0, ratio, ratio < low and a < 0, ratio > high and a > 0))
+                if ratio * a <= clipped or low <= ratio <= high:
+                    terms.append((ratio * a, slope * a, ratio, False, False))
+                else:
+                    terms.append((clipped, 0.0, ratio, ratio < low, ratio > high))
         return terms
 
     def weight(self, place, batch):
@@ -223,24 +281,30 @@ class Formulas:
             return 1 / self.args.max_new_tokens / len(batch)
         return 1 / len(batch)  # rloo, topr
 
+    def penalty(self, token):
+        """k2 or k3, and its derivative by the token's log-probability."""
+        difference = self.table[token] - REFERENCE[token]
+        if self.args.kl == "k2":
+            return difference**2 / 2, difference
+        return math.exp(-difference) - 1 + difference, 1 - math.exp(-difference)
+
     def update(self, batch, advantages, rate):
         """One step of gradient descent on a mini-batch of places; returns its loss."""
         loss, gradient = 0.0, Counter()
         for place in batch:
             weight = self.weight(place, batch)
-            for i, (value, slope, ratio, low, high) in enumerate(self.token_terms(place, advantages)):
+            for i, (value, slope, ratio, low, high) in enumerate(
+                self.token_terms(place, advantages)
+            ):
                 token = RESPONSES[place][i]
                 loss -= weight * value
                 gradient[token] -= weight * slope
                 if self.kl_coef and self.args.kl != "k1":
-                    difference = self.table[token] - REFERENCE[token]
-                    if self.args.kl == "k2":
-                        kl, kl_slope = difference**2 / 2, difference
-                    else:
-                        kl, kl_slope = math.exp(-difference) - 1 + difference, 1 - math.exp(-difference)
+                    kl, kl_slope = self.penalty(token)
                     loss += self.kl_coef * weight * kl
                     gradient[token] += self.kl_coef * weight * kl_slope
-                self.seen.append((ratio, low, high, -3 * self.table[token], self.table[token] - self.old[place][i]))
+                log_ratio = self.table[token] - self.old[place][i]
+                self.seen.append(Seen(ratio, low, high, -3 * self.table[token], log_ratio))
         for token, slope in gradient.items():
             self.table[token] -= rate * slope
         return loss
@@ -255,7 +319,9 @@ class Formulas:
             advantages, kept = self.advantages()
             order = list(range(len(RESPONSES)))
             random.Random(f"{args.seed} {step} mini-batches").shuffle(order)
-            batches = [order[i:i + args.train_batch] for i in range(0, len(order), args.train_batch)]
+            batches = [
+                order[i : i + args.train_batch] for i in range(0, len(order), args.train_batch)
+            ]
             for batch in batches * args.epochs:
                 rate = args.lr * min(1, (number + 1) / (args.warmup + 1))
                 number += 1
@@ -275,24 +341,45 @@ def check(args, steps=1):
     return row, formulas.seen
 
 
-# ---------------------------------------------------------------------------------------------------
-
-ALGORITHMS = list(rl.ALGORITHMS)
+# --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flags", [
-    {}, {"epochs": 3}, {"epochs": 2, "eps": 0.01}, {"old_logps": "vllm"}, {"train_batch": 8, "epochs": 2}, {"train_batch": 2},
-    {"kl_coef": 0.5, "kl": "k1"}, {"kl_coef": 0.5, "kl": "k2"}, {"kl_coef": 0.5, "kl": "k3"}, {"max_new_tokens": 5}],
-    ids=lambda flags: " ".join(f"{k}={v}" for k, v in flags.items()) or "as it is")
-@pytest.mark.parametrize("algo", ALGORITHMS)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"epochs": 3},
+        {"epochs": 2, "eps": 0.01},
+        {"old_logps": "vllm"},
+        {"train_batch": 8, "epochs": 2},
+        {"train_batch": 2},
+        {"kl_coef": 0.5, "kl": "k1"},
+        {"kl_coef": 0.5, "kl": "k2"},
+        {"kl_coef": 0.5, "kl": "k3"},
+        {"max_new_tokens": 5},
+    ],
+    ids=lambda flags: " ".join(f"{k}={v}" for k, v in flags.items()) or "as it is",
+)
+@pytest.mark.parametrize("algo", list(ALGORITHMS))
 def test_every_algorithm_takes_the_steps_of_its_formulas(algo, flags):
     check(make_args(algo=algo, **flags))
 
 
-@pytest.mark.parametrize("flags", [
-    {"clip": 0}, {"clip": 2}, {"clip": 5}, {"eps_high": 0.28}, {"eps": 0.5}, {"sigma": 1.0}, {"sigma": 0},
-    {"sigma": 1.0, "kl_coef": 0.1, "kl": "k1"}, {"clip": 2, "sigma": 1.2, "epochs": 2}],
-    ids=lambda flags: " ".join(f"{k}={v}" for k, v in flags.items()))
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"clip": 0},
+        {"clip": 2},
+        {"clip": 5},
+        {"eps_high": 0.28},
+        {"eps": 0.5},
+        {"sigma": 1.0},
+        {"sigma": 0},
+        {"sigma": 1.0, "kl_coef": 0.1, "kl": "k1"},
+        {"clip": 2, "sigma": 1.2, "epochs": 2},
+    ],
+    ids=lambda flags: " ".join(f"{k}={v}" for k, v in flags.items()),
+)
 def test_stable_reinforce_follows_its_flags(flags):
     check(make_args(old_logps="vllm", **flags))
 
@@ -316,39 +403,45 @@ def test_the_rate_rises_over_the_warm_up_and_goes_on_across_rollouts(warmup):
 def test_a_filter_that_drops_one_token_counts_the_judgement():
     args = make_args(sigma=1.0, kl_coef=0.5, kl="k1")
     *_, kept, _ = run_steps(args)
-    assert kept == Formulas(args).run()[2] and 0 < sum(kept) < 8
+    assert kept == Formulas(args).run()[2]
+    assert 0 < sum(kept) < 8
 
 
 def test_statistics_are_means_over_tokens_and_maxima():
     row, seen = check(make_args(old_logps="vllm", clip=100, train_batch=8, micro_tokens=1))
-    clipped = [max(1 / 100, min(100, ratio)) for ratio, *_ in seen]
-    n = len(seen)
-    assert n == sum(map(len, RESPONSES))
-    assert row["ratio_mean"] == pytest.approx(sum(clipped) / n, rel=1e-4)
-    assert row["entropy"] == pytest.approx(sum(entropy for *_, entropy, _ in seen) / n, rel=1e-4)
-    assert row["clipped_low"] == pytest.approx(sum(low for _, low, *_ in seen) / n)
-    assert row["clipped_high"] == pytest.approx(sum(high for _, _, high, *_ in seen) / n)
+    assert len(seen) == sum(map(len, RESPONSES))
+    bound = math.log(100)
+    log_ratios = [max(-bound, min(bound, token.log_ratio)) for token in seen]
+    expected = {
+        "ratio_mean": [math.exp(x) for x in log_ratios],
+        "entropy": [token.entropy for token in seen],
+        "clipped_low": [token.low for token in seen],
+        "clipped_high": [token.high for token in seen],
+        "preclipped": [abs(token.log_ratio) > bound for token in seen],
+        "kl": [math.exp(x) - 1 - x for x in log_ratios],
+    }
+    for name, values in expected.items():
+        assert row[name] == pytest.approx(sum(values) / len(values), rel=1e-4), name
     assert row["clipped_low"] + row["clipped_high"] > 0
-    assert row["preclipped"] == pytest.approx(sum(abs(x) > math.log(100) for *_, x in seen) / n)
-    bounded = [max(-math.log(100), min(math.log(100), x)) for *_, x in seen]
-    assert row["kl"] == pytest.approx(sum(math.exp(x) - 1 - x for x in bounded) / n, rel=1e-4)
-    assert row["log_ratio_max"] == pytest.approx(9.0) and row["ratio_max"] == pytest.approx(100.0)
+    assert row["log_ratio_max"] == pytest.approx(9.0)
+    assert row["ratio_max"] == pytest.approx(100.0)
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Mini-batches
 
 
 def places_of(step, **flags):
     args = make_args(rollout_batch=24, samples=1, train_batch=8, **flags)
-    rows = [{"place": place} for place in range(24)]
-    return [[row["place"] for row in batch] for batch in rl.mini_batches(rows, step, args)]
+    samples = [SimpleNamespace(place=place) for place in range(24)]
+    mini_batches = rl.split_into_mini_batches(samples, step, args)
+    return [[sample.place for sample in mini_batch] for mini_batch in mini_batches]
 
 
 def test_mini_batches_are_a_shuffled_partition_new_in_every_step():
     batches = places_of(0)
     assert [len(batch) for batch in batches] == [8, 8, 8]
-    assert sorted(sum(batches, [])) == list(range(24))
+    assert sorted(itertools.chain(*batches)) == list(range(24))
     assert sorted(batches[0]) != list(range(8))
     assert places_of(0) == batches
     assert places_of(1) != batches
@@ -357,41 +450,46 @@ def test_mini_batches_are_a_shuffled_partition_new_in_every_step():
 
 def test_two_ranks_cut_the_same_mini_batches():
     args = make_args(rollout_batch=24, samples=1, train_batch=8)
-    rows = [{"place": place} for place in range(24)]
-    halves = [rl.mini_batches(rows[:12], 3, args), rl.mini_batches(rows[12:], 3, args)]
-    joined = [sorted(row["place"] for half in halves for row in half[number]) for number in range(3)]
-    assert joined == [sorted(batch) for batch in places_of(3)]
+    samples = [SimpleNamespace(place=place) for place in range(24)]
+    halves = [rl.split_into_mini_batches(half, 3, args) for half in (samples[:12], samples[12:])]
+    for number, places in enumerate(places_of(3)):
+        found = [sample.place for half in halves for sample in half[number]]
+        assert sorted(found) == sorted(places)
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Two ranks
 
 TWO_RANKS = [{"algo": name, "epochs": 2} for name in ALGORITHMS] + [
-    {"kl_coef": 0.5, "kl": "k1", "sigma": 1.2}, {"algo": "grpo", "kl_coef": 0.5, "kl": "k3"}, {"tis": 2.0}]
+    {"kl_coef": 0.5, "kl": "k1", "sigma": 1.2},
+    {"algo": "grpo", "kl_coef": 0.5, "kl": "k3"},
+    {"tis": 2.0},
+]
 
 
 def second_rank(rank, port, folder):
-    import os
-
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    rl.setup(0)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    training.start_ranks(0)
     found = []
     for flags in TWO_RANKS:
-        # micro-batches of one sample: a rank with fewer samples of a mini-batch has empty ones at the end
-        found.append(run_steps(make_args(**flags | {"micro_tokens": 1, "train_batch": 2, "seed": 1}), 2, rank, 2))
+        # micro-batches of one sample: a rank with fewer samples has empty ones at the end
+        args = make_args(**flags | {"micro_tokens": 1, "train_batch": 2, "seed": 1})
+        found.append(run_steps(args, 2, rank, 2))
     torch.save(found, f"{folder}/{rank}.pt")
 
 
+@pytest.mark.slow
 def test_two_ranks_with_unequal_shares_take_the_steps_of_one(tmp_path):
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = training.free_port()
     torch.multiprocessing.spawn(second_rank, (port, str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    shares = [len(batch) for step in (0, 1) for batch in rl.mini_batches(make_rows(0, 2), step, make_args(train_batch=2, seed=1))]
-    assert set(shares) == {0, 1, 2}  # of some mini-batches a rank has two samples or none
+    sizes = set()
+    for step in (0, 1):
+        args = make_args(train_batch=2, seed=1)
+        mini_batches = rl.split_into_mini_batches(make_samples(0, 2), step, args)
+        sizes |= {len(mini_batch) for mini_batch in mini_batches}
+    assert sizes == {0, 1, 2}  # of some mini-batches a rank has two samples or none
     for flags, one, two in zip(TWO_RANKS, first, second):
         args = make_args(**flags | {"train_batch": 2, "seed": 1})
         tables, losses, kept = Formulas(args).run(2)

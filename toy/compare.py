@@ -1,114 +1,221 @@
 """
-Several runs of rl.py side by side, each setting with its seeds: one table, and curves as in Fig. 2 and 4.
+Several runs of rl.py compared, each setting with its seeds: one table, and curves as in Fig. 2 and
+4.
 
-A setting is NAME=FOLDER/PREFIX: its runs are the folders whose names begin so. Held-out accuracies are those of the run's own
---eval_data, first and last. Means over seeds, +- the sample standard deviation. Contradictions: of the judgements of the last
-five steps that describe something and have a verdict, those whose last sentence names the other response.
+A setting is NAME=FOLDER/PREFIX: its runs are the folders whose names begin so. Held-out accuracies
+are the first and the last on the run's --eval_data. Means over seeds, +- the sample standard
+deviation. Contradictions: of the judgements of the last five steps that describe something and
+have a verdict, those whose last sentence names the other response.
 
-$ python toy/compare.py "weight 0.5=out/toy/seeds/w0.5-" "weight 0=out/toy/seeds/w0-" --out results/toy_rl
+$ python toy/compare.py "weight 0.5=out/toy/seeds/w0.5-" "weight 0=out/toy/seeds/w0-" \\
+    --out results/toy_rl
 """
+
 import argparse
 import json
 import statistics
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: `toy` is found from the folder above
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from core.files import InputError
+from core.flags import command_line, run_stage
+from core.tables import markdown_table
 from toy import world
 
-PANELS = {"held-out accuracy, temperature 1": "eval_sampled", "held-out accuracy, greedy": "eval_greedy", "consistency": "consistency",
-          "length, tokens": "length", "largest loss of a step": "loss_max", "largest |log ratio| before pre-clip": "log_ratio_max",
-          "entropy": "entropy", "share of tokens pre-clipped": "preclipped"}
+PANELS = {
+    "held-out accuracy, temperature 1": "eval_sampled",
+    "held-out accuracy, greedy": "eval_greedy",
+    "consistency": "consistency",
+    "length, tokens": "length",
+    "largest loss of a step": "loss_max",
+    "largest |log ratio| before pre-clip": "log_ratio_max",
+    "entropy": "entropy",
+    "share of tokens pre-clipped": "preclipped",
+}
 
 
-def run_of(folder):
-    """What the table needs of one run."""
-    rows = [row for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "step" in row]
-    steps, held = [row for row in rows if "loss" in row], [row for row in rows if "eval_greedy" in row]
-    if len(held) < 2:
-        sys.exit(f"{folder}: {len(held)} held-out accuracies in log.jsonl; legal: two, before and after; run it to its end "
-                 "with --eval_data")
-    last, manners = steps[-1]["step"], {}
-    said = [json.loads(line) for path in folder.glob("rollouts-*.jsonl") for line in path.read_text().splitlines()]
-    agreed = {}  # what the judge said of those it was asked about: by whether the reasoning does lead to the verdict, and the verdict
-    for row in said:
-        if row["consistency"] is not None:
-            agreed.setdefault((world.manner_of(row["text"]) != "inconsistent", row["choice"]), []).append(row["consistency"])
-    for name, begin, end in (("first", 1, 5), ("last", last - 4, last)):
-        manners[name] = Counter(world.manner_of(row["text"]) or "no verdict" for row in said if begin <= row["step"] <= end)
-    worst = lambda key: max((row[key] for row in steps if row.get(key) is not None), default=float("nan"))
-    tokens = [row["length"] * row["samples"] for row in steps]
-    return {"steps": steps, "held": held, "manners": manners, "agreed": agreed,
-            "loss_max": worst("loss_max"), "token_loss_max": worst("token_loss_max"), "log_ratio": worst("log_ratio_max"),
-            "preclipped": sum(n * row["preclipped"] for n, row in zip(tokens, steps)), "tokens": sum(tokens),
-            "filtered": sum(row["filtered"] * row["samples"] for row in steps), "judgements": sum(row["samples"] for row in steps),
-            "skipped": sum(row["skipped"] for row in steps), "seconds": sum(row["seconds"] for row in steps)}
+@dataclass
+class Run:
+    steps: list[dict]  # rows of log.jsonl with a loss
+    held_out: list[dict]  # rows of log.jsonl with a held-out accuracy
+    first_manners: Counter  # judgements of the first five steps by manner
+    last_manners: Counter  # of the last five
+    agreed: dict  # (is the reasoning consistent, the verdict): what the judge said, 1 or 0
+
+    def largest(self, key):
+        values = [row[key] for row in self.steps if row.get(key) is not None]
+        return max(values, default=float("nan"))
+
+    def total(self, key):
+        return sum(row[key] for row in self.steps)
+
+    @property
+    def tokens(self):
+        return sum(row["length"] * row["samples"] for row in self.steps)
+
+    @property
+    def preclipped(self):
+        return sum(row["preclipped"] * row["length"] * row["samples"] for row in self.steps)
+
+    @property
+    def filtered(self):
+        return sum(row["filtered"] * row["samples"] for row in self.steps)
+
+    @property
+    def contradictions(self):
+        """Their share among the descriptions of the last five steps."""
+        manners = self.last_manners
+        descriptions = manners["careful"] + manners["verbose"] + manners["inconsistent"]
+        return manners["inconsistent"] / max(1, descriptions)
 
 
-def spread(values, scale=1.0, digits=1):
-    known = [v for v in values if v is not None]  # None: in a broken run nobody may be right, and nothing was judged
-    mean = f"{scale * statistics.fmean(known):.{digits}f}" if known else "none"
-    mean += f" ± {scale * statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
-    return mean + (f" ({len(known)} of {len(values)} runs)" if len(known) < len(values) else "")
+def json_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def contradictions(manners):
-    describe = sum(manners[m] for m in ("careful", "verbose", "inconsistent"))
-    return manners["inconsistent"] / max(1, describe)
+def read_run(folder):
+    rows = [row for row in json_lines(folder / "log.jsonl") if "step" in row]
+    steps = [row for row in rows if "loss" in row]
+    held_out = [row for row in rows if "eval_greedy" in row]
+    if len(held_out) < 2:
+        raise InputError(
+            f"{folder}: expected two held-out accuracies in log.jsonl, before and after, got "
+            f"{len(held_out)}; run it to its end with --eval_data"
+        )
+    last = steps[-1]["step"]
+    run = Run(steps, held_out, Counter(), Counter(), defaultdict(list))
+    for path in folder.glob("rollouts-*.jsonl"):
+        for row in json_lines(path):
+            manner = world.manner_of(row["text"]) or "no verdict"
+            if row["step"] <= 5:
+                run.first_manners[manner] += 1
+            if row["step"] > last - 5:
+                run.last_manners[manner] += 1
+            if row["consistency"] is not None:
+                consistent = manner != "inconsistent"
+                run.agreed[consistent, row["choice"]].append(row["consistency"])
+    return run
+
+
+def read_runs(name, prefix):
+    logs = Path(prefix).parent.glob(f"{Path(prefix).name}*/log.jsonl")
+    folders = sorted(log.parent for log in logs)
+    if not folders:
+        raise InputError(
+            f"{name}={prefix}: no run there; expected NAME=FOLDER/PREFIX, the beginning of the "
+            "names of folders, each with a log.jsonl"
+        )
+    return [read_run(folder) for folder in folders]
+
+
+# --------------------------------------------------------------------------------------------------
+# The table: a column for each setting
+
+
+def spread(values, digits=1):
+    """Mean and standard deviation. In a broken run nothing may be judged: its value is None."""
+    known = [value for value in values if value is not None]
+    text = f"{statistics.fmean(known):.{digits}f}" if known else "none"
+    if len(known) > 1:
+        text += f" ± {statistics.stdev(known):.{digits}f}"
+    if len(known) < len(values):
+        text += f" ({len(known)} of {len(values)} runs)"
+    return text
+
+
+def percents(rows, key):
+    values = [row[key] for row in rows]
+    return spread([None if value is None else 100 * value for value in values])
+
+
+def manner_shares(runs, manner):
+    shares = []
+    for manners in ([run.first_manners for run in runs], [run.last_manners for run in runs]):
+        mean = statistics.fmean(m[manner] / max(1, m.total()) for m in manners)
+        shares.append(f"{100 * mean:.0f}")
+    return " to ".join(shares)
+
+
+def taken_for_consistent(runs, consistent, verdict):
+    """In percent, of those that the judge was asked about."""
+    shares = []
+    for run in runs:
+        answers = run.agreed.get((consistent, verdict))
+        shares.append(100 * statistics.fmean(answers) if answers else None)
+    return spread(shares, digits=0)
+
+
+def column(runs):
+    """{title: cell} of a setting."""
+    before, after = [run.held_out[0] for run in runs], [run.held_out[-1] for run in runs]
+    first, last = [run.steps[0] for run in runs], [run.steps[-1] for run in runs]
+    cells = {
+        "seeds": str(len(runs)),
+        "held-out pairs": f"{before[0]['eval_n']:.0f}",
+        "greedy accuracy, before, %": percents(before, "eval_greedy"),
+        "greedy accuracy, after, %": percents(after, "eval_greedy"),
+        "accuracy at temperature 1, before, %": percents(before, "eval_sampled"),
+        "accuracy at temperature 1, after, %": percents(after, "eval_sampled"),
+        "format at temperature 1, after, %": percents(after, "eval_sampled_format"),
+        "consistency of right verdicts, %, first step": percents(first, "consistency"),
+        "consistency of right verdicts, %, last step": percents(last, "consistency"),
+        "length, tokens, first step": spread([row["length"] for row in first]),
+        "length, tokens, last step": spread([row["length"] for row in last]),
+    }
+    for manner in world.MANNERS:
+        cells[f"{manner}, first five steps to last five, %"] = manner_shares(runs, manner)
+    contradictions = [100 * run.contradictions for run in runs]
+    cells["contradictions among descriptions, last five steps, %"] = spread(contradictions)
+    for name, consistent in (("consistent", True), ("contradictory", False)):
+        title = f"{name} ones that the judge takes for consistent, verdict 1 and verdict 2, %"
+        verdicts = [taken_for_consistent(runs, consistent, verdict) for verdict in (1, 2)]
+        cells[title] = " and ".join(verdicts)
+    return cells | stability(runs)
+
+
+def stability(runs):
+    """The rest of column(): what a setting that breaks shows."""
+    preclipped, tokens = (sum(run.preclipped for run in runs), sum(run.tokens for run in runs))
+    filtered = sum(run.filtered for run in runs)
+    judgements = sum(run.total("samples") for run in runs)
+    log_ratio = max(run.largest("log_ratio_max") for run in runs)
+    return {
+        "largest loss of a mini-batch": spread([run.largest("loss_max") for run in runs], 2),
+        "largest loss of a token": spread([run.largest("token_loss_max") for run in runs], 2),
+        "largest log ratio, either sign": f"{log_ratio:.1f}",
+        "tokens pre-clipped, of all": f"{preclipped:.0f} of {tokens:.0f}",
+        "judgements filtered, of all": f"{filtered:.0f} of {judgements:.0f}",
+        "steps skipped: gradient not finite": str(sum(run.total("skipped") for run in runs)),
+        "seconds a run": spread([run.total("seconds") for run in runs], digits=0),
+    }
 
 
 def table(settings):
-    names = list(settings)
-    lines = ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
-    row = lambda title, cell: lines.append(f"| {title} | " + " | ".join(cell(settings[name]) for name in names) + " |")
-    row("seeds", lambda runs: str(len(runs)))
-    row("held-out pairs", lambda runs: f"{runs[0]['held'][0]['eval_n']:.0f}")
-    for key, title in (("eval_greedy", "greedy accuracy"), ("eval_sampled", "accuracy at temperature 1")):
-        row(f"{title}, before, %", lambda runs: spread([run["held"][0][key] for run in runs], 100))
-        row(f"{title}, after, %", lambda runs: spread([run["held"][-1][key] for run in runs], 100))
-    row("format at temperature 1, after, %", lambda runs: spread([run["held"][-1]["eval_sampled_format"] for run in runs], 100))
-    for key, title, scale in (("consistency", "consistency of right verdicts, %", 100), ("length", "length, tokens", 1)):
-        for which, at in (("first", 0), ("last", -1)):
-            row(f"{title}, {which} step", lambda runs: spread([run["steps"][at][key] for run in runs], scale))
-    for manner in world.MANNERS:
-        share = lambda run, when: 100 * run["manners"][when][manner] / max(1, run["manners"][when].total())
-        row(f"{manner}, first five steps to last five, %", lambda runs: " to ".join(
-            f"{statistics.fmean(share(run, when) for run in runs):.0f}" for when in ("first", "last")))
-    row("contradictions among descriptions, last five steps, %",
-        lambda runs: spread([contradictions(run["manners"]["last"]) for run in runs], 100))
-    for truth, name in ((True, "consistent"), (False, "contradictory")):
-        row(f"{name} ones that the judge takes for consistent, verdict 1 and verdict 2, %", lambda runs: " and ".join(
-            spread([100 * statistics.fmean(run["agreed"][truth, v]) if (truth, v) in run["agreed"] else None for run in runs], 1, 0)
-            for v in (1, 2)))
-    row("largest loss of a mini-batch", lambda runs: spread([run["loss_max"] for run in runs], 1, 2))
-    row("largest loss of a token", lambda runs: spread([run["token_loss_max"] for run in runs], 1, 2))
-    row("largest log ratio, either sign", lambda runs: f"{max(run['log_ratio'] for run in runs):.1f}")
-    total = lambda runs, key: sum(run[key] for run in runs)
-    row("tokens pre-clipped, of all", lambda runs: f"{total(runs, 'preclipped'):.0f} of {total(runs, 'tokens'):.0f}")
-    row("judgements filtered, of all", lambda runs: f"{total(runs, 'filtered'):.0f} of {total(runs, 'judgements'):.0f}")
-    row("steps skipped: gradient not finite", lambda runs: str(sum(run["skipped"] for run in runs)))
-    row("seconds a run", lambda runs: spread([run["seconds"] for run in runs], 1, 0))
-    return "\n".join(lines)
+    columns = [column(runs) for runs in settings.values()]
+    rows = [[title, *(cells[title] for cells in columns)] for title in columns[0]]
+    return markdown_table(["", *settings], rows)
 
 
 def figure(settings, path):
-    """A line a setting, the mean of its seeds, and a band from the lowest to the highest."""
+    """A line for each setting, the mean of its seeds, in a band from the lowest to the highest."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     canvas, axes = plt.subplots(2, 4, figsize=(16, 6.5), layout="constrained")
     for axis, (title, key) in zip(axes.flat, PANELS.items()):
         for name, runs in settings.items():
-            points = {}
-            for run in runs:
-                for row in run["held"] if key.startswith("eval") else run["steps"]:
-                    if row.get(key) is not None:
-                        points.setdefault(row["step"], []).append(row[key])
+            points = values_by_step(runs, key)
             steps = sorted(points)
-            axis.plot(steps, [statistics.fmean(points[s]) for s in steps], label=name)
-            axis.fill_between(steps, [min(points[s]) for s in steps], [max(points[s]) for s in steps], alpha=0.2)
+            means = [statistics.fmean(points[step]) for step in steps]
+            lowest = [min(points[step]) for step in steps]
+            highest = [max(points[step]) for step in steps]
+            axis.plot(steps, means, label=name)
+            axis.fill_between(steps, lowest, highest, alpha=0.2)
         axis.set(title=title, xlabel="step")
         if "loss" in key:
             axis.set_yscale("symlog", linthresh=0.1)
@@ -117,37 +224,42 @@ def figure(settings, path):
     plt.close(canvas)
 
 
-def runs_of(name, prefix):
-    folders = sorted(path.parent for path in Path(prefix).parent.glob(Path(prefix).name + "*/log.jsonl"))
-    if not folders:
-        sys.exit(f"{name}={prefix}: no run there; legal: NAME=FOLDER/PREFIX, where the folders of runs, each with a log.jsonl, begin so")
-    return [run_of(folder) for folder in folders]
+def values_by_step(runs, key):
+    points = defaultdict(list)
+    for run in runs:
+        for row in run.held_out if key.startswith("eval") else run.steps:
+            if row.get(key) is not None:
+                points[row["step"]].append(row[key])
+    return points
 
 
 def setting(text):
-    name, equals, prefix = text.partition("=")
-    if not (name and equals and prefix):
-        raise argparse.ArgumentTypeError(f"{text!r}; legal: NAME=FOLDER/PREFIX")
+    """The type of a setting on the command line."""
+    name, _, prefix = text.partition("=")
+    if not name or not prefix:
+        raise argparse.ArgumentTypeError(f"expected NAME=FOLDER/PREFIX, got {text!r}")
     return name, prefix
 
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("settings", nargs="+", type=setting, metavar="NAME=FOLDER/PREFIX", help="the runs of a setting")
-    p.add_argument("--out", help="write the table to OUT.md and the curves to OUT.png as well")
+    p = command_line(__doc__)
+    add = p.add_argument
+    add("settings", nargs="+", type=setting, metavar="NAME=FOLDER/PREFIX", help="runs of a setting")
+    add("--out", help="write the table to OUT.md and the curves to OUT.png as well")
     return p
 
 
 def main():
     args = parser().parse_args()
-    settings = {name: runs_of(name, prefix) for name, prefix in args.settings}
-    print(table(settings))
+    settings = {name: read_runs(name, prefix) for name, prefix in args.settings}
+    text = table(settings)
+    print(text)
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out + ".md").write_text(table(settings) + "\n")
+        Path(args.out + ".md").write_text(text)
         figure(settings, args.out + ".png")
-        print(f"\n{args.out}.md, {args.out}.png")
+        print(f"{args.out}.md, {args.out}.png")
 
 
 if __name__ == "__main__":
-    main()
+    run_stage("toy/compare.py", main)

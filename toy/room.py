@@ -1,104 +1,139 @@
 """
-Is there anything to learn in the toy world? A plain fine-tuning of the base model on an annotator's judgements, and what
-comes out: accuracy by manner, by difficulty, without the picture. sft.py and rl.py are the real thing; this file only asks
-whether the world deserves them. Its figures stand in README.md.
+Is there anything to learn in the toy world? A plain fine-tuning of the base model on an annotator's
+judgements: its accuracy by manner, by difficulty, without the picture. sft.py and rl.py are the
+real thing; this only asks whether the world deserves them. its figures are in results/README.md.
 
 $ python toy/room.py --model toy/base --steps 350 --lr 3e-3 --n 600
 """
-import argparse
+
 import random
 import sys
-import time
 from collections import defaultdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: `toy` is found from the folder above
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
+from core.flags import command_line
 from stable_reinforce import parse
+from toy import model as toy_model
 from toy import pretrain, world
 
 
 def annotated(rng):
-    """A pair that the annotator solved in three attempts (toy/server.py's defaults), with its judgement in some manner."""
+    """
+    A pair that the annotator solved in three attempts (toy/server.py's defaults), with its
+    judgement in some manner.
+    """
     while True:
-        item = rng.choice(world.twins(rng, medium=rng.choice(("image",) * 18 + ("video", "text"))))
-        wrong = 1 - (0.95 + (0.45 - 0.95) * item["difficulty"])
+        medium = rng.choice(("image",) * 18 + ("video", "text"))
+        item = rng.choice(world.twins(rng, medium=medium))
+        right = 0.95 + (0.45 - 0.95) * item["difficulty"]
+        wrong = 1 - right
         if rng.random() > wrong**3:
-            return pretrain.judging(item, rng.sample((0, 1), 2), rng.choices(world.MANNERS, world.SHARES)[0], rng)
+            shown = rng.sample((0, 1), 2)
+            manner = rng.choices(world.MANNERS, world.SHARES)[0]
+            return pretrain.judging(item, shown, manner, rng)
 
 
-def fine_tune(model, processor, steps, batch, lr, rng):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0)
-    start, recent = time.time(), []
+def fine_tune(model, processor, args):
+    rng = random.Random(f"{args.seed} annotated")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0)
+    progress = pretrain.Progress(args.steps, every=50)
     model.train()
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min((step + 1) / 10, max(0.1, 1 - step / steps))
-        recent.append(pretrain.update(model, processor, [annotated(rng) for _ in range(batch)], [optimizer]))
-        if (step + 1) % 50 == 0 or step + 1 == steps:
-            print(f"step {step + 1}/{steps}  loss {sum(recent) / len(recent):.3f}  {time.time() - start:.0f} s", flush=True)
-            recent = []
+    for step in range(args.steps):
+        left = 1 - step / args.steps
+        pretrain.set_rate(optimizer, args.lr * min((step + 1) / 10, max(0.1, left)))
+        dialogues = [annotated(rng) for _ in range(args.batch)]
+        progress.add(step + 1, pretrain.update(model, processor, dialogues, [optimizer]))
 
 
 def held_out(n, rng):
-    """n pairs in full sets of twins, each set shown in one order: [(dialogue, right verdict, item), ...]."""
+    """n pairs in full sets of twins, each set in one order: [(dialogue, right verdict, item)]."""
     rows = []
     while len(rows) < n:
         shown = rng.sample((0, 1), 2)
         for item in world.twins(rng):
-            rows.append((pretrain.judging(item, shown, "hasty", rng), shown.index(item["right"]) + 1, item))
+            dialogue = pretrain.judging(item, shown, "hasty", rng)
+            rows.append((dialogue, shown.index(item["right"]) + 1, item))
     return rows
 
 
-def report(name, said, rows):
+def percent(flags):
+    return f"{100 * sum(flags) / len(flags):.1f}"
+
+
+def report(name, texts, rows):
     """One line of the table, and the accuracies by manner, by difficulty, by family."""
-    share = lambda flags: 100 * sum(flags) / len(flags)
-    hits, third = defaultdict(list), ("easy", "middle", "hard")
-    for text, (_, choice, item) in zip(said, rows):
-        right = parse(text).choice == choice
-        for group in ("all", world.manner_of(text), third[min(2, int(3 * item["difficulty"]))], item["family"]):
+    hits = defaultdict(list)
+    verdicts = [parse(text) for text in texts]
+    for text, verdict, (_, choice, item) in zip(texts, verdicts, rows):
+        right = verdict.choice == choice
+        for group in ("all", world.manner_of(text), world.third_of(item), item["family"]):
             hits[group].append(right)
-    well, ones = share([parse(text).well_formed for text in said]), share([parse(text).choice == 1 for text in said])
-    print(f"\n{name}: right {share(hits['all']):.1f} %, format {well:.1f} %, says 1 {ones:.1f} % (n {len(said)})")
-    for groups in (world.MANNERS, third, world.FAMILIES):
-        print("   " + ", ".join(f"{g} {share(hits[g]):.1f} ({len(hits[g])})" for g in groups if hits[g]), flush=True)
+    well_formed = percent([verdict.well_formed for verdict in verdicts])
+    says_1 = percent([verdict.choice == 1 for verdict in verdicts])
+    accuracy = percent(hits["all"])
+    print(
+        f"\n{name}: right {accuracy} %, format {well_formed} %, says 1 {says_1} % (n {len(texts)})"
+    )
+    for groups in (world.MANNERS, world.THIRDS, world.FAMILIES):
+        found = [group for group in groups if hits[group]]
+        cells = [f"{group} {percent(hits[group])} ({len(hits[group])})" for group in found]
+        print(f"   {', '.join(cells)}", flush=True)
+
+
+def report_all(model, processor, rows, seed):
+    dialogues = [dialogue for dialogue, _, _ in rows]
+    careful = {"prefix": "<think>The image shows"}
+    sampled = {"temperature": 1.0, "seed": seed}
+
+    def report_replies(name, asked, **options):
+        report(name, pretrain.generate(model, processor, asked, **options), rows)
+
+    report_replies("greedy", dialogues)
+    report_replies("temperature 1", dialogues, **sampled)
+    report_replies("temperature 1, made to begin carefully", dialogues, **sampled, **careful)
+    report_replies("greedy, made to begin carefully", dialogues, **careful)
+    blank = []
+    for dialogue in dialogues:
+        grey = [image * 0 + 128 for image in dialogue["images"]]
+        blank.append(dialogue | {"images": grey})
+    report_replies("greedy, pictures blanked", blank)
+
+
+def report_without_model(rows):
+    always_1 = percent([choice == 1 for _, choice, _ in rows])
+    longer = []
+    for _, _, item in rows:
+        first, second = map(len, item["answers"])
+        longer.append((1 if second > first else 0) == item["right"])
+    print(f"\nalways 1: {always_1} %, longer answer: {percent(longer)} %")
 
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", default="toy/base", help="folder of the base model")
-    p.add_argument("--steps", type=int, default=250, help="updates of fine-tuning; 0 = measure the model as it is")
-    p.add_argument("--batch", type=int, default=32, help="judgements an update")
-    p.add_argument("--lr", type=float, default=5e-3, help="peak learning rate of AdamW")
-    p.add_argument("--n", type=int, default=600, help="held-out pairs")
-    p.add_argument("--seed", type=int, default=0, help="of pairs, manners and samples")
-    p.add_argument("--out", help="folder for the fine-tuned model; none = it is thrown away")
+    p = command_line(__doc__)
+    add = p.add_argument
+    add("--model", default="toy/base", help="folder of the base model")
+    add("--steps", type=int, default=250, help="updates of fine-tuning; 0 = measure it as it is")
+    add("--batch", type=int, default=32, help="judgements an update")
+    add("--lr", type=float, default=5e-3, help="peak learning rate of AdamW")
+    add("--n", type=int, default=600, help="held-out pairs")
+    add("--seed", type=int, default=0, help="of pairs, manners and samples")
+    add("--out", help="folder for the fine-tuned model; none = it is thrown away")
     return p
 
 
 def main():
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     args = parser().parse_args()
-    model, processor = AutoModelForImageTextToText.from_pretrained(args.model), AutoProcessor.from_pretrained(args.model)
+    model, processor = toy_model.load(args.model)
     torch.manual_seed(args.seed)
-    fine_tune(model, processor, args.steps, args.batch, args.lr, random.Random(f"{args.seed} annotated"))
+    fine_tune(model, processor, args)
     if args.out:
-        model.save_pretrained(args.out)
-        processor.save_pretrained(args.out)
+        toy_model.save(model, processor, args.out)
     rows = held_out(args.n, random.Random(f"{args.seed} held out"))
-    dialogues = [row[0] for row in rows]
-    blank = [dict(d, images=[image * 0 + 128 for image in d["images"]]) for d in dialogues]
-    careful = "<think>The image shows"
-    for name, turns, options in (
-            ("greedy", dialogues, {}), ("temperature 1", dialogues, dict(temperature=1.0, seed=args.seed)),
-            ("temperature 1, made to begin carefully", dialogues, dict(temperature=1.0, seed=args.seed, prefix=careful)),
-            ("greedy, made to begin carefully", dialogues, dict(prefix=careful)), ("greedy, pictures blanked", blank, {})):
-        report(name, pretrain.generate(model, processor, turns, **options), rows)
-    longer = sum(max((0, 1), key=lambda k: len(item["answers"][k])) == item["right"] for _, _, item in rows)
-    print(f"\nalways 1: {100 * sum(choice == 1 for _, choice, _ in rows) / len(rows):.1f} %, "
-          f"longer answer: {100 * longer / len(rows):.1f} %")
+    report_all(model, processor, rows, args.seed)
+    report_without_model(rows)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""What several stages stand on, an idea a file."""

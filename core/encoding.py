@@ -1,0 +1,257 @@
+"""Chat turns and pictures -> token ids -> batches. Ids are never turned into text and back."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from core.pairs import InputError
+
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+VISION_INPUTS = (*PIXELS.values(), "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+MODEL_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", *VISION_INPUTS)
+
+
+@dataclass
+class Media:
+    """The pictures of one prompt as qwen-vl-utils reads them: sized, and the frames chosen."""
+
+    images: list | None = None  # PIL images
+    videos: list | None = None  # tensors, (frames, channels, height, width)
+    video_metadata: list | None = None  # a dict per video: frame rate, which frames, ...
+
+
+@dataclass(eq=False)
+class Sample:
+    """One sequence: a prompt, a response, the pictures, and what the steps of rl.py add to it."""
+
+    prompt_ids: list[int]
+    token_types: list[int]  # of the prompt's tokens: 0 text, 1 image, 2 video
+    vision: dict  # VISION_INPUTS as arrays; samples of one prompt share this very dict
+    media: Media | None = None  # the pictures themselves, for vLLM
+    response_ids: list[int] = field(default_factory=list)  # with the end token, if it came to that
+    # 1. rollout
+    pair: object = None  # the Pair, or in stage 5 the Task, of the prompt
+    place: int = 0  # among the samples of a rollout over all ranks
+    group: int = 0  # the same number for all samples of one prompt
+    text: str = ""  # the response without its end token
+    finish: str = ""  # "stop", or "length" where --max_new_tokens cut it off
+    sampled_logps: list[float] | None = None  # by vLLM, a number per response token
+    # 3. old log-probabilities, 5. advantages: each a tensor (response tokens,)
+    old_logps: torch.Tensor | None = None
+    reference_logps: torch.Tensor | None = None
+    advantages: torch.Tensor | None = None
+
+    @property
+    def length(self):
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+# --------------------------------------------------------------------------------------------------
+# Turns -> samples
+
+
+def load_processor(folder, min_pixels=None, max_pixels=None):
+    """
+    Load the processor of a folder or a hub name. The bounds of a picture's size, where given,
+    replace its own, and are saved with it: whoever loads the saved folder sees the same pictures.
+    """
+    from transformers import AutoConfig, AutoProcessor
+    from transformers.models.auto import modeling_auto
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--model {folder} is neither a folder with a model nor a model of the hub; run the "
+            f"stage that makes it first, or fix the path. {error}"
+        ) from None
+    known = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    if config.model_type not in known or not hasattr(config, "vision_config"):
+        raise InputError(
+            f"{folder} is a {config.model_type!r} model; expected one that reads images and text: "
+            "qwen2_5_vl, qwen2_vl or qwen3_vl"
+        )
+    processor = AutoProcessor.from_pretrained(folder)
+    for part in (processor.image_processor, processor.video_processor):
+        part.size = {
+            "shortest_edge": min_pixels or part.size["shortest_edge"],
+            "longest_edge": max_pixels or part.size["longest_edge"],
+        }
+    return processor
+
+
+def read_media(processor, turns):
+    """Read the pictures of chat turns, sized within the processor's bounds."""
+    from qwen_vl_utils import process_vision_info
+
+    bounds = {
+        "image": pixel_bounds(processor.image_processor),
+        "video": pixel_bounds(processor.video_processor),
+        "text": {},
+    }
+    sized = []
+    for turn in turns:
+        if not isinstance(turn["content"], str):
+            content = [part | bounds[part["type"]] for part in turn["content"]]
+            sized.append(turn | {"content": content})
+    images, videos, _ = process_vision_info(
+        sized,
+        return_video_kwargs=True,
+        return_video_metadata=True,
+        image_patch_size=processor.image_processor.patch_size,
+    )
+    if not videos:
+        return Media(images)
+    frames, metadata = zip(*videos)
+    return Media(images, list(frames), list(metadata))
+
+
+def pixel_bounds(picture_processor):
+    size = picture_processor.size
+    return {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+
+
+def encode(processor, turns, response=None, media=None):
+    """Encode chat turns and, if given, the assistant's response (a text) after them."""
+    media = media or read_media(processor, turns)
+    text = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    options = {"do_resize": False}  # read_media has sized the pictures and chosen the frames
+    if media.videos:
+        options |= {"video_metadata": media.video_metadata, "do_sample_frames": False}
+    inputs = processor(text=[text], images=media.images, videos=media.videos, **options)
+    vision = {name: inputs[name] for name in VISION_INPUTS if name in inputs}
+    response_ids = []
+    if response is not None:
+        tokenizer = processor.tokenizer
+        response_ids = tokenizer(response, add_special_tokens=False)["input_ids"]
+        response_ids.append(tokenizer.eos_token_id)
+    return Sample(
+        prompt_ids=list(inputs["input_ids"][0]),
+        token_types=list(inputs["mm_token_type_ids"][0]),
+        vision={name: torch.as_tensor(values).numpy() for name, values in vision.items()},
+        response_ids=response_ids,
+    )
+
+
+def encode_prompt(processor, turns):
+    """Encode a prompt to sample from; vLLM needs the pictures themselves as well."""
+    media = read_media(processor, turns)
+    sample = encode(processor, turns, media=media)
+    sample.media = media
+    return sample
+
+
+def prompt_length(processor, turns):
+    """
+    Count the tokens of encode(processor, turns) from the headers of its images alone, so that
+    every prompt of a data set can be checked before a run starts.
+    """
+    parts = []
+    for turn in turns:
+        parts += turn["content"]
+    if any(part["type"] == "video" for part in parts):
+        return encode(processor, turns).length
+    text = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    tokens = len(processor.tokenizer(text)["input_ids"])
+    for part in parts:
+        if part["type"] == "image":
+            tokens += image_tokens(processor.image_processor, part["image"]) - 1  # text has one
+    return tokens
+
+
+def image_tokens(image_processor, path):
+    from PIL import Image
+    from qwen_vl_utils import smart_resize
+
+    with Image.open(path) as image:
+        width, height = image.size
+    side = image_processor.patch_size * image_processor.merge_size  # pixels that make one token
+    height, width = smart_resize(height, width, side, **pixel_bounds(image_processor))
+    return height * width // side**2
+
+
+# --------------------------------------------------------------------------------------------------
+# Samples -> batches
+
+
+def collate(samples, pad_id, device="cpu", left=False):
+    """
+    Pad samples to a batch: the model's inputs (B, T), see MODEL_INPUTS, and
+
+        response_mask (B, R)  True where sample b has an r-th response token
+        response_ids (N,)     those tokens
+        predict_from (N,)     where in the flattened (B * T) each of them is predicted
+        last_token (B,)       where in the flattened (B * T) each sample ends
+        image_index, video_index (pictures,)   see first_occurrences
+
+    Padding is at the end: no token attends to it, so attention needs no mask, and its kernels are
+    faster without. left=True pads in front, with a mask, to generate from. No samples make a row
+    of two padding tokens with nothing to predict.
+    """
+    rows = samples or [Sample([pad_id, pad_id], [0, 0], vision={})]
+    width = max(sample.length for sample in rows)
+    input_ids = torch.full((len(rows), width), pad_id)
+    attention_mask = torch.zeros_like(input_ids)
+    token_types = torch.zeros_like(input_ids)  # a response is text, type 0
+    for row, sample in enumerate(rows):
+        start = width - sample.length if left else 0
+        response = start + len(sample.prompt_ids)
+        end = start + sample.length
+        input_ids[row, start:end] = torch.tensor(sample.prompt_ids + sample.response_ids)
+        attention_mask[row, start:end] = 1
+        token_types[row, start:response] = torch.tensor(sample.token_types)
+    # without the types, positions would silently have one dimension in the place of three
+    batch = {"input_ids": input_ids, "mm_token_type_ids": token_types}
+    if left:
+        batch["attention_mask"] = attention_mask
+    batch |= collate_responses(samples, width, left)
+    batch |= collate_vision(samples)
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def collate_responses(samples, width, left):
+    longest = max((len(sample.response_ids) for sample in samples), default=0)
+    response_mask = torch.zeros(len(samples), longest, dtype=torch.bool)
+    response_ids, predict_from, last_token = [], [], []
+    for row, sample in enumerate(samples):
+        count = len(sample.response_ids)
+        end = width if left else sample.length
+        last = row * width + end - 1
+        response_mask[row, :count] = True
+        response_ids += sample.response_ids
+        predict_from += range(last - count, last)  # each token is predicted by the one before it
+        last_token.append(last)
+    return {
+        "response_mask": response_mask,
+        "response_ids": torch.tensor(response_ids, dtype=torch.long),
+        "predict_from": torch.tensor(predict_from, dtype=torch.long),
+        "last_token": torch.tensor(last_token, dtype=torch.long),
+    }
+
+
+def collate_vision(samples):
+    batch = {}
+    for name in VISION_INPUTS:
+        arrays = [sample.vision[name] for sample in samples if name in sample.vision]
+        if arrays:
+            batch[name] = torch.cat([torch.as_tensor(array) for array in arrays])
+    for kind in PIXELS:
+        index = first_occurrences(samples, kind)
+        if index:
+            batch[f"{kind}_index"] = torch.tensor(index)
+    return batch
+
+
+def first_occurrences(samples, kind):
+    """
+    For each picture of a batch, the number of the first one that is the same. Samples of one
+    prompt share its pictures, and the vision tower sees each of them once.
+    """
+    index, first_of = [], {}
+    for sample in samples:
+        shared = id(sample.vision)
+        if shared not in first_of:
+            first_of[shared] = len(index)
+        count = len(sample.vision.get(f"{kind}_grid_thw", ()))
+        index += range(first_of[shared], first_of[shared] + count)
+    return index

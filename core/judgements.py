@@ -1,0 +1,206 @@
+"""A benchmark's rows, their judgements, which ones a protocol asks for, and the file of them."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, get_type_hints
+
+from core.pairs import InputError, Pair, row_from_pair
+from core.voting import STOP_AFTER, decide, trailing_run
+from stable_reinforce import parse
+
+
+def digest(*parts):
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+@dataclass(kw_only=True)
+class BenchmarkRow(Pair):
+    """A pair of a benchmark, known by its number in the file, because ids repeat (deviation 4)."""
+
+    bench: str
+    row: int  # its number in the benchmark's file
+    groups: dict[str, str]  # grouping -> the row's group: the columns of the benchmark's tables
+    set: str  # rows that Acc+ takes together have the same
+
+    @property
+    def key(self):
+        return self.bench, self.row
+
+    def content(self):
+        """A digest: rows of two runs are the same if it is."""
+        return digest(self.id, self.question, self.responses, self.choice)
+
+    def to_json(self):
+        place = {"bench": self.bench, "row": self.row, "groups": self.groups, "set": self.set}
+        return row_from_pair(self) | place
+
+    @classmethod
+    def from_json(cls, row):
+        names = {field.name for field in dataclasses.fields(cls)}
+        known = {name: value for name, value in row.items() if name in names}
+        extra = {name: value for name, value in row.items() if name not in names}
+        return cls(**known, extra=extra)
+
+
+@dataclass
+class Judgement:
+    """One sample of a judge on one row; a line of judgements.jsonl."""
+
+    bench: str
+    row: int
+    id: str
+    order: int  # 0: the answers were shown as the row lists them; 1: swapped
+    sample: int  # its number among the samples of this row and order
+    text: str
+    choice: int | None  # 1 or 2, as the answers were shown; None: no verdict
+    logp1: float | None  # log-probability of 1 where the verdict is; None: not known
+    logp2: float | None
+    tokens: int
+    finish: str  # "stop", or "length" if it was truncated
+
+    @property
+    def key(self):
+        return self.bench, self.row, self.order, self.sample
+
+    @property
+    def verdict(self):
+        """1 or 2, as the row lists its answers; None: no verdict."""
+        if self.choice is None or self.order == 0:
+            return self.choice
+        return 3 - self.choice
+
+
+class Job(NamedTuple):
+    """Samples of a row in one order that a backend is asked for at once."""
+
+    row: BenchmarkRow
+    order: int
+    first: int  # number of the first sample
+    count: int
+
+    def judgement(self, number, text, tokens=0, finish="stop", logps=(None, None)):
+        """The job's number-th judgement; its choice is read from the text."""
+        return Judgement(
+            bench=self.row.bench,
+            row=self.row.row,
+            id=self.row.id,
+            order=self.order,
+            sample=self.first + number,
+            text=text,
+            choice=parse(text).choice,
+            logp1=logps[0],
+            logp2=logps[1],
+            tokens=tokens,
+            finish="length" if finish == "length" else "stop",
+        )
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How rows are judged."""
+
+    orders: str  # "both" in halves; "dataset": as the file lists the answers; "chosen_first"
+    samples: int  # a row, over both orders together
+    early_stop: bool = False  # a row ends after three equal verdicts in a row (C.10)
+
+    @property
+    def n_orders(self):
+        return 2 if self.orders == "both" else 1
+
+    def keys(self, row):
+        """The keys of a row's judgements, in the sequence of early stopping (deviation 8)."""
+        keys = []
+        for i in range(self.samples):
+            if self.orders == "both":
+                order, sample = (row.row + i) % 2, i // 2
+            elif self.orders == "dataset":
+                order, sample = 0, i
+            else:
+                order, sample = row.choice - 1, i
+            keys.append((*row.key, order, sample))
+        return keys
+
+    def judgements_so_far(self, row, done):
+        """A row's judgements in that sequence, up to the first one that is not done."""
+        judgements = []
+        for key in self.keys(row):
+            if key not in done:
+                break
+            judgements.append(done[key])
+        return judgements
+
+    def outcome(self, judgements):
+        """What these judgements of a row come to; None: more are needed."""
+        verdicts = [judgement.verdict for judgement in judgements]
+        if self.early_stop:
+            return decide(verdicts, self.samples)
+        return decide(verdicts, self.samples, run=self.samples + 1)
+
+    def next_jobs(self, row, done):
+        """What to ask for next. With early stopping, only what is needed whatever it says."""
+        keys = self.keys(row)
+        if self.early_stop:
+            judgements = self.judgements_so_far(row, done)
+            if self.outcome(judgements) is not None:
+                return []
+            verdicts = [judgement.verdict for judgement in judgements]
+            needed = STOP_AFTER - trailing_run(verdicts)
+            keys = keys[len(verdicts) : len(verdicts) + needed]
+        missing = sorted(key for key in keys if key not in done)
+        return _group_into_jobs(row, missing)
+
+
+def _group_into_jobs(row, keys):
+    """Samples of one order that follow each other become one job."""
+    jobs = []
+    for *_, order, sample in keys:
+        last = jobs[-1] if jobs else None
+        if last and last.order == order and last.first + last.count == sample:
+            jobs[-1] = last._replace(count=last.count + 1)
+        else:
+            jobs.append(Job(row, order, sample, 1))
+    return jobs
+
+
+# --- the file of judgements
+
+JSON_TYPES = get_type_hints(Judgement)
+
+
+def judgements_file(folder, rank=0):
+    """Each rank writes a file of its own."""
+    name = f"judgements-{rank}.jsonl" if rank else "judgements.jsonl"
+    return Path(folder, name)
+
+
+def read_judgements(folder):
+    """{key: judgement} of a run. A last line without an end was cut off, or is being written."""
+    done = {}
+    for path in sorted(Path(folder).glob("judgements*.jsonl")):
+        whole_lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        for number, line in enumerate(whole_lines, 1):
+            try:
+                judgement = _judgement_from_json(line)
+                if judgement.key in done:
+                    raise ValueError(f"{judgement.key} is there already")
+            except ValueError as problem:
+                advice = "remove that line, and the judgement is made again"
+                raise InputError(f"{path}, line {number}: {problem}; {advice}") from None
+            done[judgement.key] = judgement
+    return done
+
+
+def _judgement_from_json(line):
+    try:
+        row = json.loads(line)
+        fields = {field: row[field] for field in JSON_TYPES}
+    except (ValueError, TypeError, KeyError) as problem:
+        expected = f"expected an object with {', '.join(JSON_TYPES)}"
+        raise ValueError(f"not a judgement ({problem!r}); {expected}") from None
+    for field, value in fields.items():
+        if not isinstance(value, JSON_TYPES[field]):
+            raise ValueError(f"{field!r} is {value!r}")
+    return Judgement(**fields)

@@ -1,0 +1,396 @@
+"""
+What judges rows: vLLM in this process, an OpenAI-compatible server, reward heads, given rewards.
+
+A backend has answer(jobs): it takes jobs from a deque, which may grow meanwhile, and yields
+(job, its judgements) as they are finished.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import time
+from collections import Counter, deque
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from core.encoding import collate, encode, encode_prompt, load_processor, read_media
+from core.endpoint import Endpoint, NoReply, background_loop, to_openai
+from core.judgements import digest
+from core.pairs import InputError, critique_turns, judging_turns, user_turn
+from core.sampler import HFSampler, start_vllm, vllm_media
+from core.trainer import micro_batches
+from stable_reinforce import parse
+
+PREPARED_JOBS = 64  # jobs whose images are read ahead for vLLM
+SAMPLES_IN_FLIGHT = 512  # vLLM runs 256 at a time
+MAX_FRAMES = 32  # of a video, sent to a server
+TOKENS_OF_A_BATCH = 16384  # of the reward heads, padding included
+ROWS_OF_A_BATCH = 64
+
+
+def collect(rows, backend, done, protocol, journal=None):
+    """Makes the judgements of the rows that are not in `done`, and appends them to the journal."""
+    jobs = deque()
+    in_flight = Counter()  # samples of each row that were asked for and are not there yet
+    progress = Progress()
+
+    def ask_for(row):
+        more = protocol.next_jobs(row, done)
+        jobs.extend(more)
+        count = sum(job.count for job in more)
+        in_flight[row.key] += count
+        progress.total += count
+
+    for row in rows:
+        ask_for(row)
+    for job, judgements in backend.answer(jobs):
+        if journal is not None:
+            journal.append([dataclasses.asdict(judgement) for judgement in judgements])
+        for judgement in judgements:
+            done[judgement.key] = judgement
+        in_flight[job.row.key] -= job.count
+        if in_flight[job.row.key] == 0:
+            ask_for(job.row)  # early stopping may want more
+        progress.add(judgements)
+        if journal is not None:
+            progress.print_now_and_then()
+
+
+class Progress:
+    """Prints every ten seconds how far the judging is."""
+
+    def __init__(self):
+        self.start = time.monotonic()
+        self.printed = 0.0  # seconds after the start
+        self.total = 0
+        self.made = 0
+        self.tokens = 0
+
+    def add(self, judgements):
+        self.made += len(judgements)
+        self.tokens += sum(judgement.tokens for judgement in judgements)
+
+    def print_now_and_then(self):
+        seconds = time.monotonic() - self.start
+        if seconds > self.printed + 10 or self.made == self.total:
+            self.printed = seconds
+            speed = self.tokens / seconds
+            made = f"{self.made} of {self.total} judgements"
+            print(f"{made} in {seconds:.0f} s, {speed:.0f} tokens/s", flush=True)
+
+
+def seed_of(job, seed):
+    """The seed of a job's first sample, whatever else is asked for; the next ones count on."""
+    return int(digest(seed, *job.row.key, job.order)[:6], 16) * 100 + job.first
+
+
+def verdict_index(text, tokens, decode=str):
+    """The index of the token that is the verdict: the last digit before the last </answer>."""
+    if parse(text).choice is None:
+        return None
+    tail = ""
+    for index in reversed(range(len(tokens))):
+        token = decode(tokens[index])
+        if "</answer>" in tail and token.strip() in ("1", "2"):
+            return index
+        tail = token + tail
+    return None
+
+
+# --- vLLM
+
+
+@contextlib.contextmanager
+def apart_from_torchrun(tensor_parallel):
+    """Each rank starts a vLLM on GPUs of its own, which must not see torchrun's ranks."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    torchrun = {name: os.environ.pop(name) for name in names if name in os.environ}
+    if torchrun:
+        every_gpu = ",".join(map(str, range(64)))
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", every_gpu).split(",")
+        first = int(torchrun["LOCAL_RANK"]) * tensor_parallel
+        own_gpus = gpus[first : first + tensor_parallel]
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own_gpus)
+    try:
+        yield
+    finally:
+        os.environ.update(torchrun)
+
+
+class VLLMBackend:
+    """vLLM in this process. Threads read pictures ahead, once for all samples of a job."""
+
+    def __init__(self, args):
+        self.args = args
+        self.processor = load_processor(args.model, max_pixels=args.max_pixels)
+        tokenizer = self.processor.tokenizer
+        self.digits = tokenizer.encode("12", add_special_tokens=False)
+        if tokenizer.convert_ids_to_tokens(self.digits) != ["1", "2"]:
+            raise InputError(
+                f"--model {args.model} reads 12 as the tokens {self.digits}; "
+                "expected a model with a token for each digit, as Qwen has"
+            )
+        with apart_from_torchrun(args.tensor_parallel):
+            llm = start_vllm(
+                args.model,
+                args.context,
+                tensor_parallel_size=args.tensor_parallel,
+                limit_mm_per_prompt={"image": 16, "video": 1},
+            )
+        self.engine = llm.llm_engine
+
+    def answer(self, jobs):
+        prepared = deque()  # (job, future of its request)
+        in_flight = {}  # request id: job
+        with ThreadPoolExecutor(4) as pool:
+            while jobs or prepared or in_flight:
+                while jobs and len(prepared) < PREPARED_JOBS:
+                    job = jobs.popleft()
+                    prepared.append((job, pool.submit(self._request, job)))
+                samples = sum(job.count for job in in_flight.values())
+                while prepared and samples < SAMPLES_IN_FLIGHT:
+                    job, request = prepared.popleft()
+                    in_flight[self._send(job, request)] = job
+                    samples += job.count
+                for finished in self.engine.step():
+                    job = in_flight.pop(finished.request_id)
+                    completions = enumerate(finished.outputs)
+                    yield job, [self._judgement(job, number, one) for number, one in completions]
+
+    def _request(self, job):
+        """(prompt, sampling parameters) for vLLM."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        turns = judging_turns(job.row, swapped=job.order == 1)
+        template = self.processor.apply_chat_template
+        prompt = {"prompt": template(turns, tokenize=False, add_generation_prompt=True)}
+        prompt |= vllm_media(read_media(self.processor, turns))
+        sampling = SamplingParams(
+            n=job.count,
+            temperature=self.args.temperature,
+            max_tokens=self.args.max_new_tokens,
+            seed=seed_of(job, self.args.seed),
+            logprob_token_ids=self.digits,
+            flat_logprobs=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        return prompt, sampling
+
+    def _send(self, job, request):
+        row = job.row
+        request_id = f"{row.bench} row {row.row}, order {job.order}, sample {job.first}"
+        try:
+            self.engine.add_request(request_id, *request.result())
+        except (ValueError, OSError) as problem:
+            advice = "If the prompt is too long, raise --context"
+            raise InputError(f"{request_id}: {problem}. {advice}") from None
+        return request_id
+
+    def _judgement(self, job, number, completion):
+        decode = self.processor.tokenizer.decode
+        text, token_ids = completion.text, completion.token_ids
+        index = verdict_index(text, token_ids, decode)
+        logps = (None, None)
+        if index is not None:
+            there = completion.logprobs[index]
+            logps = [float(there[digit].logprob) for digit in self.digits]
+        finish = completion.finish_reason
+        return job.judgement(number, text, len(token_ids), finish, logps)
+
+
+# --- a server
+
+
+class EndpointBackend:
+    """An OpenAI-compatible server; with log-probabilities if it gives them, which few do."""
+
+    def __init__(self, args):
+        self.args = args
+        self.server = Endpoint(args.base_url, timeout=600, retries=30)
+        self.loop = background_loop()  # the caller, a notebook for example, may have one running
+        self.logprob_fields = {"logprobs": True, "top_logprobs": 5}
+
+    def answer(self, jobs):
+        in_flight = {}  # future: job
+        try:
+            while jobs or in_flight:
+                while jobs and len(in_flight) < self.args.concurrency:
+                    job = jobs.popleft()
+                    future = asyncio.run_coroutine_threadsafe(self._judge(job), self.loop)
+                    in_flight[future] = job
+                for future in wait(in_flight, return_when=FIRST_COMPLETED).done:
+                    yield in_flight.pop(future), future.result()
+        finally:
+            for future in in_flight:
+                future.cancel()
+
+    async def _judge(self, job):
+        turns = judging_turns(job.row, swapped=job.order == 1)
+        max_pixels = self.args.max_pixels or 2**62
+        turns = await asyncio.to_thread(to_openai, turns, max_pixels, MAX_FRAMES)
+        judgements = []
+        for number in range(job.count):
+            reply = await self._ask(turns, seed_of(job, self.args.seed) + number)
+            judgements.append(self._judgement(job, number, reply))
+        return judgements
+
+    async def _ask(self, turns, seed):
+        fields = {
+            "temperature": self.args.temperature,
+            "max_completion_tokens": self.args.max_new_tokens,
+            "seed": seed,
+        }
+        asked_for_logprobs = bool(self.logprob_fields)
+        try:
+            return await self.server.ask(self.args.model, turns, **fields, **self.logprob_fields)
+        except NoReply as failure:
+            if asked_for_logprobs and "logprobs" in failure.reason:
+                self.logprob_fields = {}  # the server has none
+                return await self._ask(turns, seed)
+            raise InputError(f"--base_url {self.args.base_url}: {failure.reason}") from None
+
+    def _judgement(self, job, number, reply):
+        tokens = reply.tokens or []
+        index = verdict_index(reply.text, tokens)
+        logps = {}
+        if index is not None:
+            for token, logp in reversed(reply.top_logprobs[index].items()):
+                logps[token.strip()] = (
+                    logp  # the likeliest comes last and wins over "1" with a space
+                )
+        length = reply.completion_tokens or len(tokens)
+        both = (logps.get("1"), logps.get("2"))
+        return job.judgement(number, reply.text, length, reply.finish, both)
+
+
+# --- rewards
+
+
+class Rewards(NamedTuple):
+    first: float  # of the first response, as the row lists them
+    second: float
+    text: str = ""  # the critiques, if there are any
+
+
+class RewardBackend:
+    """Judges by score(rows) -> [Rewards]: the higher one is the verdict, equal ones are none."""
+
+    def __init__(self, score):
+        self.score = score
+
+    def answer(self, jobs):
+        known = {}  # a row is scored once for both orders
+        while jobs:
+            batch = [jobs.popleft() for _ in range(min(len(jobs), ROWS_OF_A_BATCH))]
+            new = {job.row.key: job.row for job in batch if job.row.key not in known}
+            known.update(zip(new, self.score(list(new.values()))))
+            for job in batch:
+                judgement = self._judgement(job, known[job.row.key])
+                samples = range(job.first, job.first + job.count)
+                yield job, [dataclasses.replace(judgement, sample=sample) for sample in samples]
+
+    def _judgement(self, job, rewards):
+        """The two log-probabilities are the rewards' log-softmax."""
+        first, second = rewards.first, rewards.second
+        if job.order == 1:
+            first, second = second, first
+        norm = float(np.logaddexp(first, second))
+        judgement = job.judgement(0, rewards.text, logps=(first - norm, second - norm))
+        choice = None
+        if first != second:
+            choice = 1 if first > second else 2
+        return dataclasses.replace(judgement, choice=choice)
+
+
+class RewardsInFile:
+    """Rewards made elsewhere: bench, row and scores of the two responses as the row lists them."""
+
+    def __init__(self, path, rows):
+        self.path = path
+        self.rewards = {}
+        for where, row in rows:
+            try:
+                first, second = map(float, row["scores"])
+                key = row["bench"], row["row"]
+                finite = math.isfinite(first + second)
+            except (LookupError, TypeError, ValueError):
+                finite = False
+            if not finite:
+                found = json.dumps(row)[:200]
+                expected = "bench, row and scores, two finite numbers"
+                raise InputError(f"{where}: expected {expected}, got {found}")
+            self.rewards[key] = Rewards(first, second)
+
+    def score(self, rows):
+        for row in rows:
+            if row.key not in self.rewards:
+                there = f"it has scores for {len(self.rewards)} rows"
+                raise InputError(f"--scores {self.path} lacks {row.bench} row {row.row}; {there}")
+        return [self.rewards[row.key] for row in rows]
+
+
+class RewardHeads:
+    """The reward heads of sft.py: scalar scores a response, critic its own critique of it."""
+
+    def __init__(self, policy, processor, device, max_new_tokens):
+        self.policy = policy.to(device).eval()
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.device = device
+        self.max_new_tokens = max_new_tokens  # of a critique
+
+    @torch.no_grad()
+    def score(self, rows):
+        if self.policy.head_kind == "scalar":
+            samples = self._responses(rows)
+            texts = [""] * len(samples)
+        else:
+            samples = self._critiques(rows)
+            texts = [
+                self.tokenizer.decode(sample.response_ids, skip_special_tokens=True)
+                for sample in samples
+            ]
+        scores = self._scores(samples)
+        rewards = []
+        for first in range(0, len(samples), 2):
+            second = first + 1
+            text = f"{texts[first]}\n\n{texts[second]}".strip()
+            rewards.append(Rewards(scores[first], scores[second], text))
+        return rewards
+
+    def _responses(self, rows):
+        """Question and response: two samples a row."""
+        samples = []
+        for row in rows:
+            turns = user_turn(row.images, row.video, row.question)
+            samples += [encode(self.processor, turns, response) for response in row.responses]
+        return samples
+
+    def _critiques(self, rows):
+        """Question, response and the critic's greedy critique: two samples a row."""
+        samples = []
+        for row in rows:
+            samples += [encode_prompt(self.processor, critique_turns(row, i)) for i in (0, 1)]
+        sampler = HFSampler(self.policy, self.processor, self.device)
+        critiques = sampler.generate(samples, temperature=0.0, max_tokens=self.max_new_tokens)
+        for sample, (critique,) in zip(samples, critiques):
+            sample.response_ids = critique.ids
+        return samples
+
+    def _scores(self, samples):
+        for place, sample in enumerate(samples):
+            sample.place = place
+        groups = [[sample] for sample in samples]
+        scores = {}
+        for batch in micro_batches(groups, TOKENS_OF_A_BATCH):
+            inputs = collate(batch, self.tokenizer.pad_token_id, self.device)
+            for sample, score in zip(batch, self.policy(inputs)["score"].tolist()):
+                scores[sample.place] = score
+        return scores

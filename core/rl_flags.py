@@ -1,0 +1,266 @@
+"""The flags that rl.py and downstream_grpo.py share, and what of them cannot go together."""
+
+import sys
+
+from core.files import InputError
+from core.neighbours import ALGORITHMS, KL
+from core.trainer import MUTABLE_FLAGS as TRAINER_MUTABLE_FLAGS
+from core.trainer import trainer_flags
+
+# flags that may change when a run is continued
+MUTABLE_FLAGS = TRAINER_MUTABLE_FLAGS | {
+    "out",
+    "steps",
+    "passes",
+    "eval_data",
+    "eval_n",
+    "eval_every",
+    "save_best",
+    "check",
+    "check_every",
+    "memory",
+    "judge_url",
+    "judge_concurrency",
+    "judge_timeout",
+    "judge_retries",
+    "judge_patience",
+}
+
+
+def add_pair_flags(p):
+    """Those of rl.py alone."""
+    add = p.add_argument_group("data").add_argument
+    add("--data", help="JSONL of pairs, see annotate.py: those that took two attempts or failed")
+    add("--eval_data", help="JSONL of held-out pairs; without it there is no held-out accuracy")
+    add("--eval_n", type=int, default=500, help="how many of them, from the first on")
+    add("--out", default="out/rl", help="folder to write; the same command continues a run in it")
+    add(
+        "--both_orders",
+        action="store_true",
+        help="beyond the paper: each pair also with its answers swapped, in the same batch",
+    )
+    add(
+        "--order_bonus",
+        type=float,
+        default=0.5,
+        help="with --both_orders: reward for each of two judgements that are both right",
+    )
+    add = p.add_argument_group("reward (Eq. 1, Eq. 2)").add_argument
+    add(
+        "--consistency_weight",
+        type=float,
+        default=0.5,
+        help="lambda of Table 7 (0.5 in the paper)",
+    )
+    add(
+        "--reward_form",
+        choices=["gated", "external"],
+        default="gated",
+        help="gated: Eq. 2; external: Eq. 1",
+    )
+
+
+def add_check_flags(p):
+    add = p.add_argument_group("held-out accuracy and checks").add_argument
+    add("--eval_every", type=int, default=10, help="steps between held-out accuracies")
+    add(
+        "--save_best",
+        action="store_true",
+        help="also keep the model with the best held-out greedy accuracy, in best/",
+    )
+    add(
+        "--check",
+        action="store_true",
+        help="only compare vLLM's and the trainer's log-probabilities, before and after syncs",
+    )
+    add(
+        "--check_every",
+        type=int,
+        default=20,
+        help="steps between such comparisons in a run, after that of the first sync; 0 = none",
+    )
+
+
+def add_loop_flags(parser):
+    add_rollout_flags(parser.add_argument_group("rollout").add_argument)
+    add_algorithm_flags(parser.add_argument_group("StableReinforce").add_argument)
+    add_optimisation_flags(parser.add_argument_group("optimisation").add_argument)
+    trainer_flags(parser)
+    parser.set_defaults(zero=3)
+
+
+def add_rollout_flags(add):
+    add("--model", default="out/sft", help="folder or hub name of the policy to train")
+    add(
+        "--engine",
+        choices=["vllm", "hf"],
+        default="vllm",
+        help="what samples; hf is slow and needs no vLLM",
+    )
+    add(
+        "--rollout_batch",
+        type=int,
+        default=256,
+        help="pairs (in stage 5 tasks) a step, over all ranks (256 in the paper)",
+    )
+    add(
+        "--samples",
+        type=int,
+        default=1,
+        help="judgements of a pair, answers to a task (1 and 8 in the paper); the group "
+        "algorithms need more than 1",
+    )
+    add(
+        "--max_new_tokens",
+        type=int,
+        default=1024,
+        help="longest sample, in tokens; a judgement that is cut off fails in format (ours)",
+    )
+    add(
+        "--context",
+        type=int,
+        default=4096,
+        help="longest prompt and sample together, in tokens; longer prompts are dropped and "
+        "counted (ours)",
+    )
+    add("--tensor_parallel", type=int, default=1, help="how many ranks share one vLLM")
+    add(
+        "--memory",
+        type=float,
+        default=0.4,
+        help="share of a GPU's memory for vLLM while it samples (results/README.md has the sum)",
+    )
+
+
+def add_algorithm_flags(add):
+    add(
+        "--algo",
+        choices=list(ALGORITHMS),
+        default="stable_reinforce",
+        help="the others, of appendix B, bring their own advantages and loss",
+    )
+    add(
+        "--clip",
+        type=float,
+        default=1e3,
+        help="delta of the pre-clip: ratios stay within [1/delta, delta] (1e3 in the paper); "
+        "0 = off",
+    )
+    add(
+        "--sigma",
+        type=float,
+        default=3.0,
+        help="advantages beyond it, in standard deviations, are dropped (3 in the paper); 0 = off",
+    )
+    add("--eps", type=float, default=0.2, help="PPO's clip (0.2 in the paper)")
+    add(
+        "--eps_high",
+        type=float,
+        help="its upper side, for stable_reinforce, dapo, cispo; without it: like --eps, or the "
+        "algorithm's own",
+    )
+    add(
+        "--kl_coef",
+        type=float,
+        default=0.0,
+        help="weight of a KL penalty towards --model (0 in the paper); 0 = no reference model",
+    )
+    add(
+        "--kl",
+        choices=list(KL),
+        default="k3",
+        help="its estimator: k1 in the reward, before the algorithm's own advantages; k2 and k3 "
+        "in the loss",
+    )
+    add(
+        "--tis",
+        type=float,
+        default=0.0,
+        help="truncated importance weights min(trainer / vLLM, this) on each token; 0 = off",
+    )
+    add(
+        "--old_logps",
+        choices=["trainer", "vllm"],
+        default="trainer",
+        help="vllm: take the sampler's, which saves a forward pass",
+    )
+
+
+def add_optimisation_flags(add):
+    add(
+        "--train_batch",
+        type=int,
+        default=128,
+        help="samples an optimizer step, over all ranks (128 in the paper)",
+    )
+    add("--epochs", type=int, default=1, help="passes over a rollout")
+    add("--passes", type=float, default=5.0, help="passes over the data (5 in the paper)")
+    add("--steps", type=int, default=0, help="rollouts; 0 = as many as --passes makes")
+    add("--lr", type=float, default=1e-6, help="learning rate (1e-6 in the paper)")
+    add("--warmup", type=int, default=0, help="optimizer steps of linear warm-up (ours)")
+
+
+def check_flags(args, world):
+    """Stop at flags that cannot go together, before anything is loaded."""
+    check_batches(args, world)
+    check_algorithm(args)
+    check_engine(args)
+
+
+def check_batches(args, world):
+    samples = args.rollout_batch * args.samples
+    if samples % args.train_batch:
+        raise InputError(
+            f"--train_batch is {args.train_batch}; expected a divisor of --rollout_batch x "
+            f"--samples = {samples}"
+        )
+    if world % args.tensor_parallel:
+        raise InputError(
+            f"--tensor_parallel is {args.tensor_parallel}; expected a divisor of the number of "
+            f"ranks, {world}"
+        )
+    shares = world // args.tensor_parallel * (2 if args.both_orders else 1)
+    if args.rollout_batch % shares:
+        orders = ", times two orders" if args.both_orders else ""
+        raise InputError(
+            f"--rollout_batch is {args.rollout_batch}; expected a multiple of {shares} (ranks / "
+            f"--tensor_parallel{orders})"
+        )
+    if samples == args.train_batch and args.epochs == 1 and args.algo == "stable_reinforce":
+        print(
+            "note: with one update for each rollout every ratio is 1, so that neither the "
+            "pre-clip nor PPO's clip can act",
+            file=sys.stderr,
+        )
+
+
+def check_algorithm(args):
+    if args.clip and args.clip <= 1:
+        raise InputError(f"--clip is {args.clip}; expected a number above 1, or 0 for off")
+    if args.sigma < 0:
+        raise InputError(f"--sigma is {args.sigma}; expected a number above 0, or 0 for off")
+    if args.tis and args.algo == "topr":
+        raise InputError(
+            "--tis weighs single tokens, but --algo topr weighs whole judgements; use --old_logps "
+            "vllm, with which TOPR's own weight is that of the trainer against vLLM"
+        )
+    if args.eps_high is not None and "eps_high" not in ALGORITHMS[args.algo].options:
+        raise InputError(
+            f"--eps_high has no meaning for --algo {args.algo}; use it with stable_reinforce, "
+            "dapo or cispo"
+        )
+
+
+def check_engine(args):
+    if args.engine == "vllm":
+        return
+    if args.tis or args.old_logps == "vllm" or args.check:
+        raise InputError(
+            "--tis, --old_logps vllm and --check use vLLM's log-probabilities; --engine hf has "
+            "none, use --engine vllm"
+        )
+    if args.zero == 3:
+        raise InputError(
+            "--zero 3 with --engine hf would gather all weights for each token; use --zero 0, 1 "
+            "or 2"
+        )

@@ -1,0 +1,262 @@
+"""Samplers: vLLM inside the trainer's process, or transformers' generate as a slow second one."""
+
+import os
+from dataclasses import dataclass, replace
+
+import torch
+
+from core.encoding import MODEL_INPUTS, collate
+
+MAX_PICTURES = 8  # images in a prompt
+
+
+@dataclass
+class Generated:
+    ids: list[int]  # response tokens, with the end token if it came to that
+    logps: list[float] | None  # of each token, if asked for
+
+
+class VLLMSampler:
+    """One vLLM engine inside this rank's process. On a GPU it sleeps while the trainer works."""
+
+    def __init__(
+        self, folder, processor, device, seed=0, tensor_parallel=1, context=4096, memory=0.4
+    ):
+        self.on_gpu = device.type == "cuda"
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are loaded in this process
+        options = {}
+        if self.on_gpu:
+            options = {"gpu_memory_utilization": memory, "enable_sleep_mode": True}
+        self.llm = start_vllm(
+            folder,
+            context,
+            seed=seed,
+            tensor_parallel_size=tensor_parallel,
+            limit_mm_per_prompt={"image": MAX_PICTURES, "video": 1},
+            distributed_executor_backend="external_launcher",
+            max_num_seqs=256,
+            **options,
+        )
+        vocabulary = self.llm.llm_engine.model_config.get_vocab_size()
+        self.logit_bias = dict.fromkeys(forbidden_token_ids(processor, vocabulary), -100.0)
+        tokenizer = processor.tokenizer
+        self.pads = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
+        self.end = tokenizer.eos_token_id
+        self.can_load = self.llm.apply_model(has_all_weights)[0]
+
+    def generate(self, prompts, seeds, n=1, temperature=1.0, max_tokens=1024, logps=False):
+        """
+        n responses to each prompt (a Sample with its media), a list of Generated per prompt.
+        Sampled from exactly the policy: no top-p, no top-k, no penalty. logps take a tenth longer.
+        """
+        from vllm import SamplingParams
+
+        common = {
+            "n": n,
+            "temperature": temperature,
+            "top_p": 1.0,
+            "top_k": 0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "max_tokens": max_tokens,
+            "logprobs": 0 if logps else None,  # 0: of the sampled token only
+            "detokenize": False,
+            "logit_bias": self.logit_bias,
+            "stop_token_ids": [self.end],
+        }
+        requests = []
+        for prompt in prompts:
+            ids = collapse_pads(prompt.prompt_ids, self.pads)
+            requests.append({"prompt_token_ids": ids, **vllm_media(prompt.media)})
+        params = [SamplingParams(seed=seed, **common) for seed in seeds]
+        outputs = self.llm.generate(requests, params, use_tqdm=False)
+        responses = []
+        for prompt, output in zip(prompts, outputs):
+            check_same_prompt(prompt.prompt_ids, list(output.prompt_token_ids))
+            responses.append([generated(completion, logps) for completion in output.outputs])
+        return responses
+
+    def sleep(self):
+        """Give the GPU's memory to the trainer. The weights come back with the next sync."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+            self.llm.sleep(level=2)
+
+    def wake_weights(self):
+        """Before a sync: make room for the weights, with the memory that the trainer has freed."""
+        if self.on_gpu:
+            self.llm.wake_up(tags=["weights"])
+
+    def load_weights(self, named_tensors):
+        """
+        Load tensors by their names in transformers' model. Returns vLLM's names of the weights
+        that they became, or became part of.
+        """
+        if not self.can_load:
+            raise RuntimeError(
+                "vLLM has packed its matrices for this CPU and takes no new weights; call "
+                "speed_up_vllm() of toy/cpu.py before the sampler is made"
+            )
+        named_tensors = list(named_tensors)
+        return self.llm.apply_model(lambda model: model.load_weights(named_tensors))[0]
+
+    def weight_names(self):
+        """All weights of vLLM's model."""
+        return self.llm.apply_model(lambda model: {name for name, _ in model.named_parameters()})[0]
+
+    def after_sync(self):
+        """Forget what was computed with the old weights, and take back the rest of the memory."""
+        self.llm.reset_prefix_cache()
+        self.llm.llm_engine.reset_mm_cache()  # processed images
+        self.llm.llm_engine.reset_encoder_cache()  # features of the vision tower
+        if self.on_gpu:
+            self.llm.wake_up(tags=["kv_cache"])
+
+
+class HFSampler:
+    """transformers' generate on the trainer's own weights, which need no sync."""
+
+    def __init__(self, policy, processor, device):
+        self.policy = policy
+        self.device = device
+        self.pad = processor.tokenizer.pad_token_id
+        self.end = processor.tokenizer.eos_token_id
+        vocabulary = policy.model.config.get_text_config().vocab_size
+        self.forbidden = forbidden_token_ids(processor, vocabulary)
+
+    @torch.no_grad()
+    def generate(
+        self, prompts, seeds=None, n=1, temperature=1.0, max_tokens=1024, logps=False, batch_size=32
+    ):
+        """
+        As VLLMSampler.generate, without log-probabilities. The seed of a batch is its first
+        sample's, so samples repeat in the same batches only.
+        """
+        samples = []
+        for prompt in prompts:
+            samples += [replace(prompt, response_ids=[]) for _ in range(n)]
+        model = self.policy.model
+        training = model.training
+        model.eval()  # in training mode, recomputation would turn the cache of keys and values off
+        responses = []
+        for start in range(0, len(samples), batch_size):
+            if temperature:
+                torch.manual_seed(seeds[start // n])
+            batch = collate(samples[start : start + batch_size], self.pad, self.device, left=True)
+            responses += self.generate_batch(batch, temperature, max_tokens)
+        model.train(training)
+        return [responses[start : start + n] for start in range(0, len(samples), n)]
+
+    def generate_batch(self, batch, temperature, max_tokens):
+        sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if temperature:
+            sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+        sequences = self.policy.model.generate(
+            **{name: batch[name] for name in MODEL_INPUTS if name in batch},
+            **sampling,
+            max_new_tokens=max_tokens,
+            suppress_tokens=self.forbidden,
+            eos_token_id=self.end,
+            pad_token_id=self.pad,
+            repetition_penalty=1.0,
+            use_cache=True,
+        )
+        responses = []
+        for ids in sequences[:, batch["input_ids"].shape[1] :].tolist():
+            if self.end in ids:
+                ids = ids[: ids.index(self.end) + 1]
+            responses.append(Generated(ids, logps=None))
+        return responses
+
+    def sleep(self):
+        pass
+
+    def wake_weights(self):
+        pass
+
+    def load_weights(self, named_tensors):
+        return set()
+
+    def weight_names(self):
+        return set()
+
+    def after_sync(self):
+        pass
+
+
+def start_vllm(folder, context, **options):
+    """Start vLLM, with what it needs on a CPU."""
+    on_gpu = torch.cuda.is_available()
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if on_gpu else "ERROR")
+    if not on_gpu:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+        options |= {
+            "dtype": "float32",
+            "enforce_eager": True,
+            # a seeded request whose prompt is processed in chunks stops vLLM on a CPU
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(8192, context),
+        }
+    from vllm import LLM
+
+    return LLM(str(folder), max_model_len=context, **options)
+
+
+def has_all_weights(model):
+    """False where vLLM has packed matrices and left an empty tensor in the place of each."""
+    return all(parameter.numel() for parameter in model.parameters())
+
+
+def vllm_media(media):
+    """The part of a vLLM prompt that holds its pictures, which are sized and chosen already."""
+    data = {}
+    if media.images:
+        data["image"] = media.images
+    if media.videos:
+        data["video"] = []
+        for video, metadata in zip(media.videos, media.video_metadata):
+            frames = video.permute(0, 2, 3, 1).numpy().astype("uint8")
+            data["video"].append((frames, metadata | {"do_sample_frames": False}))
+    if not data:
+        return {}
+    return {"multi_modal_data": data, "mm_processor_kwargs": {"do_resize": False}}
+
+
+def collapse_pads(ids, pads):
+    """Leave one pad token per picture: vLLM repeats it itself, however many there are."""
+    collapsed = []
+    for token in ids:
+        if token not in pads or collapsed[-1:] != [token]:
+            collapsed.append(token)
+    return collapsed
+
+
+def generated(completion, logps):
+    ids = list(completion.token_ids)
+    if not logps:
+        return Generated(ids, logps=None)
+    # with logprobs=0, a step's dict holds the sampled token alone
+    return Generated(ids, [next(iter(step.values())).logprob for step in completion.logprobs])
+
+
+def check_same_prompt(prompt_ids, vllm_ids):
+    if prompt_ids != vllm_ids:
+        raise RuntimeError(
+            f"vLLM read a prompt of {len(vllm_ids)} tokens where the processor makes "
+            f"{len(prompt_ids)}: the two see different pictures (sizes, number of images) or use "
+            "different chat templates"
+        )
+
+
+def forbidden_token_ids(processor, vocabulary):
+    """
+    Tokens that must not be sampled: markers of images and videos, behind which there would be no
+    pixels, and the padding of the vocabulary.
+    """
+    tokenizer = processor.tokenizer
+    forbidden = set(range(len(tokenizer), vocabulary))
+    for token, number in tokenizer.get_vocab().items():
+        if token.startswith("<|") and ("vision" in token or "_pad" in token):
+            forbidden.add(number)
+    return sorted(forbidden)

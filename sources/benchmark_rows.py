@@ -1,0 +1,87 @@
+"""A benchmark's file, or a file of pairs, as rows to judge."""
+
+import os
+from pathlib import Path
+
+from core.files import InputError
+from core.judgements import BenchmarkRow
+from core.pairs import iter_pairs, pair_from_row, row_from_pair
+from sources.reading import (
+    BadPicture,
+    bad_row,
+    find_file,
+    frames_in,
+    read_records,
+    store_picture,
+)
+
+
+def rows_of_pairs(path, group):
+    """The values of one field of the pairs are the columns of their table."""
+    for number, pair in enumerate(iter_pairs(path)):
+        groups = {group: str(row_from_pair(pair).get(group))}
+        yield BenchmarkRow(**vars(pair), bench="pairs", row=number, groups=groups, set=str(number))
+
+
+def rows_of_benchmark(data_set, path, out):
+    sets_by_id = getattr(data_set, "SETS_BY_ID", False)
+    for number, (where, item) in enumerate(read_records(data_set, path)):
+        try:
+            images, video = find_pictures(item, where, out)
+        except (BadPicture, LookupError, TypeError, AttributeError) as problem:
+            raise bad_row(data_set, where, problem) from None
+        row = BenchmarkRow(
+            id=str(item.id),
+            source=data_set.NAME,
+            question=item.question,
+            images=images,
+            video=video,
+            responses=item.responses,
+            choice=item.choice,
+            bench=data_set.NAME,
+            row=number,
+            groups=item.groups,
+            set=str(item.id) if sets_by_id else str(number),
+        )
+        check_row(row, where)
+        yield row
+
+
+def find_pictures(item, where, out):
+    """(images, video): paths. A picture inside a table becomes a file in out/media."""
+    file = where.rpartition(", ")[0]
+    folder = os.path.dirname(file)
+    images, video = [], None
+    if item.image:
+        image = find_path(folder, item.image)
+        if isinstance(image, bytes):
+            image, _ = store_picture(image, Path(out, "media"))
+        images = [image]
+    if item.video:
+        path = find_path(folder, item.video)
+        video = frames_in(path) or [path]  # deviation 5
+    return images, video
+
+
+def find_path(folder, name):
+    """A missing file keeps its path: check_pictures() names it."""
+    return find_file(folder, name) or os.path.join(folder, str(name))
+
+
+def check_row(row, where):
+    """As a pair is checked, except that a benchmark may have an empty answer."""
+    responses = ["-" if not str(text).strip() else text for text in row.responses]
+    pair_from_row(row_from_pair(row) | {"responses": responses}, where)
+
+
+def check_pictures(rows, path):
+    if not rows:
+        raise InputError(f"{path} has no rows")
+    files = []
+    for row in rows:
+        files += row.images + (row.video or [])
+    missing = [file for file in files if not os.path.isfile(file)]
+    if missing:
+        count = f"{len(missing)} of {len(files)} images are missing, the first is {missing[0]}"
+        advice = "paths are relative to the folder of the benchmark's file"
+        raise InputError(f"{path}: {count}; {advice}")

@@ -1,0 +1,58 @@
+"""
+R1-Reward-RL: the 17,261 pairs that the paper's authors trained on and released.
+
+A row holds a judging prompt, out of which question and responses are cut. Its picture is base64, or
+a path on the authors' disk.
+"""
+
+import base64
+import json
+import re
+
+from sources.reading import Dropped, FoundPair, find_file
+from stable_reinforce import parse
+
+KIND = "training"
+NAME = "R1-Reward-RL"
+FILES = ["data/*.parquet", "*.parquet", "*.jsonl"]
+FIELDS = ["message", "answer"]
+
+PROMPT = re.compile(
+    r"\[Question\]:(?P<question>.*?)(?:\n#+ *|; )"
+    r"\[Response 1\]:(?P<first>.*?)(?:\n#+ *|; )"
+    r"\[Response 2\]:(?P<second>.*?)"
+    r"(?:\n[#* ]*Output Format \(strictly follow\).*)?\Z",
+    re.DOTALL,
+)
+
+
+def read_row(row, number, folder):
+    message = row["message"]
+    if isinstance(message, str):
+        message = json.loads(message)
+    parts = {part["type"]: part[part["type"]] for part in message[0]["content"]}
+    prompt = PROMPT.search(parts["text"])
+    choice = parse("".join(row["answer"])).choice
+    if prompt is None:
+        raise Dropped("unknown layout")
+    if choice is None:
+        raise Dropped("no verdict")
+    better, worse = prompt["first"].strip(), prompt["second"].strip()
+    if choice == 2:
+        better, worse = worse, better
+    return FoundPair(
+        id=f"R1-Reward-RL-{number}",
+        question=prompt["question"].strip(),
+        better=better,
+        worse=worse,
+        images=[picture(row, parts, folder)],
+        source=NAME,
+    )
+
+
+def picture(row, parts, folder):
+    if "image" not in row:
+        return find_file(folder, parts["image"])
+    if not row["image"]:
+        return None
+    return base64.b64decode(row["image"].rpartition(",")[2])

@@ -1,0 +1,101 @@
+"""
+Train a toy model on two ranks with every ZeRO stage and several micro-batch sizes: STEPS steps,
+then one whose loss is not a number, then one at learning rate 0. For tests/test_trainer.py.
+
+$ torchrun --nproc_per_node=2 tests/programs/train_two_ranks.py FOLDER    # has base/, pairs.jsonl
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+from core.encoding import collate, encode, load_processor
+from core.pairs import judging_turns, read_pairs
+from core.policy import gather_zero3, load_policy, save_policy, token_logps
+from core.trainer import make_trainer, micro_batches, start_ranks, update
+from toy import cpu
+
+STEPS, LR = 5, 1e-4
+# (ZeRO stage, --micro_tokens, --recompute)
+CASES = [
+    (0, 600, False),
+    (1, 600, False),
+    (2, 1, False),
+    (2, 10**6, False),
+    (2, 600, True),
+    (3, 600, True),
+]
+
+
+def load_samples(folder, processor):
+    pairs = read_pairs(folder / "pairs.jsonl", 7)
+    return [encode(processor, judging_turns(pair), pair.annotation) for pair in pairs]
+
+
+def whole_weights(policy):
+    weights = {}
+    for name, parameter in policy.named_parameters():
+        with gather_zero3([parameter]):
+            weights[name] = parameter.detach().clone()
+    return weights
+
+
+def train(folder, rank, device, zero, budget, recompute):
+    policy = load_policy(folder / "base", dtype=torch.float32, recompute=recompute)
+    cpu.speed_up_policy(policy)  # MKL's sums depend on how a matrix lies in memory, oneDNN's do not
+    processor = load_processor(folder / "base")
+    samples = load_samples(folder, processor)
+    tokens = sum(len(sample.response_ids) for sample in samples)
+    # rank 0 has a single text, rank 1 all samples with pictures
+    local = samples[3:4] if rank == 0 else samples[:3] + samples[4:]
+    trainer = make_trainer(policy, zero, LR, device)
+    layer_calls = []
+    layer = policy.model.base_model.language_model.layers[0]
+    layer.input_layernorm.register_forward_hook(lambda *_: layer_calls.append(1))
+
+    def loss_function(batch):
+        logps, _ = token_logps(trainer, collate(batch, 0))
+        return -logps.sum() / tokens, len(batch)
+
+    def broken_loss(batch):
+        loss, metrics = loss_function(batch)
+        return loss * math.nan, metrics
+
+    batches = micro_batches([[sample] for sample in local], budget)
+    steps = [update(trainer, batches, loss_function, LR) for _ in range(STEPS)]
+    calls = len(layer_calls)
+    weights = whole_weights(policy)
+    broken_loss_value, broken_norm, _ = update(trainer, batches, broken_loss, LR)
+    after = whole_weights(policy)
+    loss_again, _, metrics = update(trainer, batches, loss_function, 0.0)
+    if zero == 3:
+        save_policy(policy, processor, folder / "saved", rank)
+    if rank == 0:
+        torch.save(weights, folder / f"weights-{zero}-{budget}.pt")
+    return {
+        "losses": [loss for loss, _, _ in steps],
+        "norms": [grad_norm for _, grad_norm, _ in steps],
+        "metrics": metrics,
+        "micro_batches": [len(batch) for batch in batches],
+        "layer_calls": calls,
+        "broken": [broken_loss_value, broken_norm],
+        "moved": max(float((after[name] - weights[name]).abs().max()) for name in weights),
+        "loss_again": loss_again,
+    }
+
+
+def main():
+    folder = Path(sys.argv[1])
+    rank, _, device = start_ranks(0)
+    found = {
+        f"{zero}-{budget}": train(folder, rank, device, zero, budget, recompute)
+        for zero, budget, recompute in CASES
+    }
+    (folder / f"found-{rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

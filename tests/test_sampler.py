@@ -1,0 +1,144 @@
+"""core/sampler.py on the toy's model: both samplers, and the weights that one takes."""
+
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_policy import BASE, ROOT, save_picture
+
+from core.encoding import Media, encode, encode_prompt, load_processor
+from core.pairs import user_turn
+from core.policy import load_policy, save_policy
+from core.sampler import (
+    HFSampler,
+    check_same_prompt,
+    collapse_pads,
+    forbidden_token_ids,
+    has_all_weights,
+    vllm_media,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def turns(tmp_path_factory):
+    """An image, a text, two images, one of them larger than the processor's bounds."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("pictures")
+    small = [save_picture(folder / f"{seed}.png", seed) for seed in range(2)]
+    large = str(folder / "large.png")
+    Image.new("RGB", (300, 200), "blue").save(large)
+    prompts = ([small[0]], "What is it?"), ([], "How many?"), ([small[1], large], "Which?")
+    return [user_turn(images, None, text) for images, text in prompts]
+
+
+def run_program(name, folder, turns, tmp_path):
+    """The JSON that a program of tests/programs writes."""
+    (tmp_path / "turns.json").write_text(json.dumps(turns))
+    paths = [ROOT / "tests" / "programs" / name, folder, tmp_path / "turns.json"]
+    done = subprocess.run(
+        [sys.executable, *paths, tmp_path / "out.json"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((tmp_path / "out.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_saved_folder_loads_in_vllm_and_answers_the_same(turns, tmp_path):
+    """With a reward head in it, too. And matrices that vLLM has packed take no new weights."""
+    policy = load_policy(BASE, "critic", torch.float32)
+    save_policy(policy, load_processor(BASE, 3136, 12544), tmp_path / "saved")
+    found = run_program("read_by_vllm.py", tmp_path / "saved", turns, tmp_path)
+    again = load_policy(tmp_path / "saved", dtype=torch.float32)
+    processor = load_processor(tmp_path / "saved")
+    samples = [encode(processor, each) for each in turns]
+    ours = HFSampler(again, processor, CPU).generate(samples, temperature=0.0, max_tokens=16)
+    for (prompt_ids, ids), sample, (response,) in zip(found["answers"], samples, ours):
+        assert prompt_ids == sample.prompt_ids
+        assert ids == response.ids
+    assert "call speed_up_vllm() of toy/cpu.py before" in found["error"]
+
+
+@pytest.mark.slow
+def test_vllm_takes_the_weights_in_parts(turns, tmp_path):
+    """Log-probabilities match before and after, samples repeat, a weight left out is missed."""
+    frames = [turns[0][0]["content"][0]["image"]] * 4
+    turns = [*turns, user_turn([], frames, "What moves?")]
+    found = run_program("sync_weights.py", BASE, turns, tmp_path)
+    assert found["as loaded"] == found["again"]
+    ids, gap = found["as loaded"]
+    assert gap < 1e-5
+    assert [len(responses) for responses in ids] == [2] * 4
+    for size in (1, 16):
+        before, missing, after = found[f"{size} a call"]
+        assert before > 1e-3 > 1e-5 > after, size
+        assert missing == []
+    assert found["left out"] == ["visual.blocks.0.attn.proj.weight"]
+
+
+def test_generate_gives_n_responses_a_prompt_and_repeats_them(turns):
+    processor = load_processor(BASE)
+    sampler = HFSampler(load_policy(BASE, dtype=torch.float32), processor, CPU)
+    prompts = [encode_prompt(processor, each) for each in turns]
+    first = sampler.generate(prompts, [1, 2, 3], n=2, max_tokens=12)
+    again = sampler.generate(prompts, [1, 2, 3], n=2, max_tokens=12)
+    other = sampler.generate(prompts, [4, 5, 6], n=2, max_tokens=12)
+    assert [len(responses) for responses in first] == [2, 2, 2]
+    assert first == again != other
+    for response in itertools.chain(*first):
+        assert response.ids.count(sampler.end) == (response.ids[-1] == sampler.end)
+        assert not set(response.ids) & set(sampler.forbidden)
+
+
+def test_generate_reads_the_prompt_alone(turns):
+    """A sample that has a response already is sampled from anew, and stays as it was."""
+    processor = load_processor(BASE)
+    sampler = HFSampler(load_policy(BASE, dtype=torch.float32), processor, CPU)
+    prompt = encode(processor, turns[0])
+    answered = dataclasses.replace(prompt, response_ids=[sampler.end])
+    options = {"temperature": 0.0, "max_tokens": 8}
+    assert sampler.generate([answered], **options) == sampler.generate([prompt], **options)
+    assert answered.response_ids == [sampler.end]
+
+
+def test_markers_of_pictures_and_padding_are_forbidden():
+    processor = load_processor(BASE)
+    tokenizer = processor.tokenizer
+    forbidden = forbidden_token_ids(processor, 704)
+    names = tokenizer.convert_ids_to_tokens([i for i in forbidden if i < len(tokenizer)])
+    markers = ["vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"]
+    assert set(names) == {f"<|{marker}|>" for marker in markers}
+    assert forbidden[len(markers) :] == list(range(len(tokenizer), 704))
+
+
+def test_vllm_gets_one_pad_a_picture():
+    assert collapse_pads([1, 8, 8, 8, 2, 2, 8, 9, 9, 8], pads=[8, 9]) == [1, 8, 2, 2, 8, 9, 8]
+
+
+def test_another_prompt_than_ours_is_an_error():
+    check_same_prompt([1, 2], [1, 2])
+    with pytest.raises(RuntimeError, match="3 tokens where the processor makes 2"):
+        check_same_prompt([1, 2], [1, 1, 2])
+
+
+def test_a_text_has_no_media_for_vllm():
+    assert vllm_media(Media()) == {}
+
+
+def test_packed_matrices_are_noticed():
+    layer = torch.nn.Linear(2, 2)
+    assert has_all_weights(layer)
+    layer.weight.data = torch.empty(0)
+    assert not has_all_weights(layer)

@@ -1,0 +1,1 @@
+"""What people look at: tables, figures, judgements to read, a blind vote."""
