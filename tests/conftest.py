@@ -29,6 +29,21 @@ def no_key(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
+@pytest.fixture(scope="module")
+def one_rank():
+    """A process group of this process alone, which leaves nothing behind for other processes."""
+    import torch.distributed as dist
+
+    from core.trainer import start_ranks
+
+    before = dict(os.environ)
+    start_ranks(0)
+    yield
+    dist.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def toy_world(tmp_path_factory):
     """A folder in which the paths of the presets toy/*.args lead to a small toy world."""

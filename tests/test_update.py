@@ -95,10 +95,7 @@ class GradientDescent:
         self.module.logps.grad = None
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_rank():
-    training.start_ranks(0)
-
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 # --------------------------------------------------------------------------------------------------
 # The problem: eight samples of four prompts, tokens from a vocabulary of six
