@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, children_of, make_toy_pairs, wait_until_gone
+from conftest import ROOT, children_of, make_toy_pairs, png, wait_until_gone
 
 import sft
 from core.encoding import Sample, collate, load_processor
@@ -297,6 +297,7 @@ def test_an_error_says_where_it_is_and_what_to_do(toy_folder, tmp_path):
     broken.unlink()
     error = run_sft(*base, *words)
     assert error.startswith("FileNotFoundError") and "pairs.jsonl, line 4 (pair-5-3)" in error
+    broken.write_bytes(png())
     # a model that reads no images
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
