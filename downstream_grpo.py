@@ -67,8 +67,7 @@ import torch
 import judge as judging
 import rl
 import toy.cpu
-from core import endpoint, flags, metrics, pairs, prompts, rl_flags, runs
-from core import trainer as training
+from core import endpoint, flags, metrics, pairs, prompts, rl_flags, runs, training
 from core.duels import duel, finished_answer, make_contest, score
 from core.encoding import load_processor
 from core.exact_match import exact
@@ -391,7 +390,12 @@ def add_data_flags(add):
         metavar="[NAME=]PATH",
         help="held-out tasks; without it there are no held-out figures",
     )
-    add("--eval_n", type=int, default=500, help="how many of them, from the first on")
+    add(
+        "--eval_n",
+        type=int,
+        default=500,
+        help="held-out tasks that are answered, from the first on",
+    )
     add(
         "--out",
         default="out/downstream",

@@ -53,8 +53,18 @@ from pathlib import Path
 import torch
 
 import toy.cpu
-from core import agreement, encoding, flags, metrics, neighbours, pairs, prompts, rl_flags, runs
-from core import trainer as training
+from core import (
+    agreement,
+    encoding,
+    flags,
+    metrics,
+    neighbours,
+    pairs,
+    prompts,
+    rl_flags,
+    runs,
+    training,
+)
 from core.policy import gather_zero3, load_policy, save_policy, token_logps
 from core.sampler import HFSampler, VLLMSampler
 from core.seeds import seed_from

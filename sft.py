@@ -43,8 +43,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from core import encoding, flags, runs
-from core import trainer as training
+from core import encoding, flags, runs, training
 from core.files import InputError
 from core.pairs import (
     Pair,

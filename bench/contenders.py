@@ -166,7 +166,7 @@ def load_floor(args):
     from core.encoding import load_processor
     from core.policy import load_policy
     from core.sampler import VLLMSampler
-    from core.trainer import start_ranks
+    from core.training import start_ranks
 
     _, _, device = start_ranks(args.seed)
     toy.cpu.speed_up_process()
@@ -207,7 +207,7 @@ def bare_learn(policy, samples, micro_tokens, pad_id):
     from torch.nn.functional import cross_entropy
 
     from core.encoding import MODEL_INPUTS, collate
-    from core.trainer import micro_batches
+    from core.training import micro_batches
 
     model = policy.model
     singles = [[sample] for sample in samples]

@@ -44,8 +44,7 @@ import torch.distributed as dist
 import rl
 import toy.cpu
 from bench.output import made_by, print_and_save
-from core import runs
-from core import trainer as training
+from core import runs, training
 from core.encoding import load_processor
 from core.flags import command_line
 from core.pairs import Pair, judging_turns

@@ -7,7 +7,7 @@ rl.py --check. Weights that did not arrive, stale caches, other pictures show he
 import torch
 
 from core.policy import gather_zero3
-from core.trainer import all_reduce
+from core.training import all_reduce
 
 
 def mismatch(samples, trainer_logps):

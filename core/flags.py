@@ -16,7 +16,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         default = action.default
         if default is None or default is False or default in ([], {}, argparse.SUPPRESS):
             return action.help
-        return f"{action.help} [%(default)s]"
+        if isinstance(default, list):
+            default = " ".join(map(str, default))
+        return f"{action.help} [{default}]"
 
 
 def command_line(doc):

@@ -24,7 +24,7 @@ from core.endpoint import Endpoint, NoReply, background_loop, to_openai
 from core.judgements import digest
 from core.pairs import InputError, critique_turns, judging_turns, user_turn
 from core.sampler import HFSampler, start_vllm, vllm_media
-from core.trainer import micro_batches
+from core.training import micro_batches
 from stable_reinforce import parse
 
 PREPARED_JOBS = 64  # jobs whose images are read ahead for vLLM

@@ -9,7 +9,7 @@ from itertools import chain
 
 import torch
 
-from core.trainer import all_reduce
+from core.training import all_reduce
 from stable_reinforce import parse
 
 

@@ -16,7 +16,7 @@ from core.pairs import InputError, read_pairs, swap
 from core.runs import checkpoints
 from core.sampler import MAX_PICTURES
 from core.seeds import seed_from
-from core.trainer import all_reduce, identity, init_worker
+from core.training import all_reduce, identity, init_worker
 
 
 @dataclass

@@ -4,8 +4,8 @@ import sys
 
 from core.files import InputError
 from core.neighbours import ALGORITHMS, KL
-from core.trainer import MUTABLE_FLAGS as TRAINER_MUTABLE_FLAGS
-from core.trainer import trainer_flags
+from core.training import MUTABLE_FLAGS as TRAINER_MUTABLE_FLAGS
+from core.training import trainer_flags
 
 # flags that may change when a run is continued
 MUTABLE_FLAGS = TRAINER_MUTABLE_FLAGS | {
@@ -32,7 +32,7 @@ def add_pair_flags(p):
     add = p.add_argument_group("data").add_argument
     add("--data", help="JSONL of pairs, see annotate.py: those that took two attempts or failed")
     add("--eval_data", help="JSONL of held-out pairs; without it there is no held-out accuracy")
-    add("--eval_n", type=int, default=500, help="how many of them, from the first on")
+    add("--eval_n", type=int, default=500, help="held-out pairs that are judged, from the first on")
     add("--out", default="out/rl", help="folder to write; the same command continues a run in it")
     add(
         "--both_orders",
@@ -50,7 +50,7 @@ def add_pair_flags(p):
         "--consistency_weight",
         type=float,
         default=0.5,
-        help="lambda of Table 7 (0.5 in the paper)",
+        help="weight of the consistency reward, lambda in Table 7 (0.5 in the paper)",
     )
     add(
         "--reward_form",
@@ -83,7 +83,7 @@ def add_check_flags(p):
 
 def add_loop_flags(parser):
     add_rollout_flags(parser.add_argument_group("rollout").add_argument)
-    add_algorithm_flags(parser.add_argument_group("StableReinforce").add_argument)
+    add_algorithm_flags(parser.add_argument_group("algorithm").add_argument)
     add_optimisation_flags(parser.add_argument_group("optimisation").add_argument)
     trainer_flags(parser)
     parser.set_defaults(zero=3)
@@ -101,26 +101,26 @@ def add_rollout_flags(add):
         "--rollout_batch",
         type=int,
         default=256,
-        help="pairs (in stage 5 tasks) a step, over all ranks (256 in the paper)",
+        help="prompts a step, over all ranks: pairs or tasks (256 in the paper)",
     )
     add(
         "--samples",
         type=int,
         default=1,
-        help="judgements of a pair, answers to a task (1 and 8 in the paper); the group "
+        help="responses to a prompt (in the paper 1 in rl.py, 8 in downstream_grpo.py); the group "
         "algorithms need more than 1",
     )
     add(
         "--max_new_tokens",
         type=int,
         default=1024,
-        help="longest sample, in tokens; a judgement that is cut off fails in format (ours)",
+        help="longest response, in tokens; what is cut off there is not well-formed (ours)",
     )
     add(
         "--context",
         type=int,
         default=4096,
-        help="longest prompt and sample together, in tokens; longer prompts are dropped and "
+        help="longest prompt and response together, in tokens; longer prompts are dropped and "
         "counted (ours)",
     )
     add("--tensor_parallel", type=int, default=1, help="how many ranks share one vLLM")
@@ -143,34 +143,40 @@ def add_algorithm_flags(add):
         "--clip",
         type=float,
         default=1e3,
-        help="delta of the pre-clip: ratios stay within [1/delta, delta] (1e3 in the paper); "
-        "0 = off",
+        help="stable_reinforce: delta of the pre-clip, ratios stay within [1/delta, delta] (1e3 in "
+        "the paper); 0 = off",
     )
     add(
         "--sigma",
         type=float,
         default=3.0,
-        help="advantages beyond it, in standard deviations, are dropped (3 in the paper); 0 = off",
+        help="stable_reinforce: advantages beyond it, in standard deviations, are dropped (3 in "
+        "the paper); 0 = off",
     )
-    add("--eps", type=float, default=0.2, help="PPO's clip (0.2 in the paper)")
+    add(
+        "--eps",
+        type=float,
+        default=0.2,
+        help="PPO's clip: ratios stay within 1 - eps and 1 + eps (0.2 in the paper)",
+    )
     add(
         "--eps_high",
         type=float,
-        help="its upper side, for stable_reinforce, dapo, cispo; without it: like --eps, or the "
-        "algorithm's own",
+        help="the upper side of --eps, for stable_reinforce, dapo, cispo; without it: like --eps, "
+        "or the algorithm's own",
     )
     add(
         "--kl_coef",
         type=float,
         default=0.0,
-        help="weight of a KL penalty towards --model (0 in the paper); 0 = no reference model",
+        help="weight of a KL penalty towards --model; 0 (the paper) = no reference model",
     )
     add(
         "--kl",
         choices=list(KL),
         default="k3",
-        help="its estimator: k1 in the reward, before the algorithm's own advantages; k2 and k3 "
-        "in the loss",
+        help="estimator of the KL penalty: k1 in the reward, before the algorithm's own "
+        "advantages; k2 and k3 in the loss",
     )
     add(
         "--tis",
@@ -191,12 +197,17 @@ def add_optimisation_flags(add):
         "--train_batch",
         type=int,
         default=128,
-        help="samples an optimizer step, over all ranks (128 in the paper)",
+        help="responses an optimizer step, over all ranks (in the paper 128 in rl.py)",
     )
     add("--epochs", type=int, default=1, help="passes over a rollout")
-    add("--passes", type=float, default=5.0, help="passes over the data (5 in the paper)")
+    add(
+        "--passes",
+        type=float,
+        default=5.0,
+        help="passes over the data (in the paper 5 in rl.py, 1 in downstream_grpo.py)",
+    )
     add("--steps", type=int, default=0, help="rollouts; 0 = as many as --passes makes")
-    add("--lr", type=float, default=1e-6, help="learning rate (1e-6 in the paper)")
+    add("--lr", type=float, default=1e-6, help="learning rate (in the paper 1e-6 in rl.py)")
     add("--warmup", type=int, default=0, help="optimizer steps of linear warm-up (ours)")
 
 

@@ -34,7 +34,7 @@ def one_rank():
     """A process group of this process alone, which leaves nothing behind for other processes."""
     import torch.distributed as dist
 
-    from core.trainer import start_ranks
+    from core.training import start_ranks
 
     before = dict(os.environ)
     start_ranks(0)

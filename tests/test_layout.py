@@ -161,7 +161,10 @@ def test_help_tells_every_default(module):
     text = " ".join(parser.format_help().split())
     for action in parser._actions:
         if action.option_strings and action.default not in (None, False, [], {}, "==SUPPRESS=="):
-            assert f"[{action.default}]" in text, action.option_strings
+            default = action.default
+            if isinstance(default, list):
+                default = " ".join(map(str, default))
+            assert f"[{default}]" in text, action.option_strings
 
 
 # ------------------------------------------------------------------------------------------------

@@ -21,8 +21,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 import rl
-from core import metrics
-from core import trainer as training
+from core import metrics, training
 from core.encoding import Sample
 from core.neighbours import ALGORITHMS
 

@@ -15,7 +15,7 @@ import rl
 from core.encoding import load_processor
 from core.pairs import read_pairs
 from core.sampler import VLLMSampler
-from core.trainer import start_ranks
+from core.training import start_ranks
 
 generate = VLLMSampler.generate
 load_weights = VLLMSampler.load_weights

@@ -16,7 +16,7 @@ from PIL import Image
 
 from core.encoding import load_processor
 from core.sampler import VLLMSampler
-from core.trainer import start_ranks
+from core.training import start_ranks
 
 folder, turns_file, out = sys.argv[1:]
 start_ranks(0)

@@ -16,7 +16,7 @@ import torch
 from core.encoding import collate, encode_prompt, load_processor
 from core.policy import load_policy, token_logps
 from core.sampler import VLLMSampler
-from core.trainer import start_ranks
+from core.training import start_ranks
 from toy.cpu import speed_up_vllm
 
 folder, turns_file, out = sys.argv[1:]

@@ -1,6 +1,6 @@
 """
 Train a toy model on two ranks with every ZeRO stage and several micro-batch sizes: STEPS steps,
-then one whose loss is not a number, then one at learning rate 0. For tests/test_trainer.py.
+then one whose loss is not a number, then one at learning rate 0. For tests/test_training.py.
 
 $ torchrun --nproc_per_node=2 tests/programs/train_two_ranks.py FOLDER    # has base/, pairs.jsonl
 """
@@ -15,7 +15,7 @@ import torch
 from core.encoding import collate, encode, load_processor
 from core.pairs import judging_turns, read_pairs
 from core.policy import gather_zero3, load_policy, save_policy, token_logps
-from core.trainer import make_trainer, micro_batches, start_ranks, update
+from core.training import make_trainer, micro_batches, start_ranks, update
 from toy import cpu
 
 STEPS, LR = 5, 1e-4

@@ -1,4 +1,4 @@
-"""core/trainer.py: micro-batches, the learning rate, and the optimizer step on two real ranks."""
+"""core/training.py: micro-batches, the learning rate, and the optimizer step on two real ranks."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from programs.train_two_ranks import CASES, LR, STEPS, load_samples
 
 from core.encoding import collate, load_processor
 from core.policy import load_policy, token_logps
-from core.trainer import learning_rate, micro_batches
+from core.training import learning_rate, micro_batches
 from toy import cpu
 
 
