@@ -62,7 +62,6 @@ from pathlib import Path
 from core import files, flags, pairs
 from core.endpoint import Endpoint, NoReply, to_openai
 from core.files import InputError
-from core.flags import at_least
 from core.tables import markdown_table
 from sources import TRAINING
 from sources.collecting import collect_source, download
@@ -516,11 +515,11 @@ def add_data_flags(add):
         "its files, or hub:owner/name@revision",
     )
     others_help = "pairs to draw from all but MM-RLHF, which is taken whole (section 3.2)"
-    add("--others", type=at_least(0), default=100_000, help=others_help)
-    add(
-        "--limit", type=at_least(1), help="pairs to take from the whole mix at random; default: all"
-    )
-    add("--seed", type=int, default=0, help="of the sample, the order, which response comes first")
+    add("--others", type=flags.whole(), default=100_000, help=others_help)
+    limit_help = "pairs to take from the whole mix at random; default: all"
+    add("--limit", type=flags.whole(1), help=limit_help)
+    seed_help = "of the sample, the order, which response comes first"
+    add("--seed", type=flags.random_seed, default=0, help=seed_help)
     both_help = "annotate each pair also with its responses swapped, mark contradicted pairs (ours)"
     add("--both_orders", action="store_true", help=both_help)
     files_help = "benchmarks; training pairs with their ids, texts or pictures are dropped (ours)"
@@ -534,11 +533,11 @@ def add_annotator_flags(add):
     url_help = "any OpenAI-compatible server; its key in OPENAI_API_KEY"
     add("--base_url", default="https://api.openai.com/v1", help=url_help)
     add("--model", default="gpt-4o", help="its name at the server")
-    add("--temperature", type=at_least(0, float), default=0.0, help="0 in the paper (deviation 1)")
-    add("--max_tokens", type=at_least(1), default=2048, help="of a reply (ours)")
+    add("--temperature", type=flags.number(), default=0.0, help="0 in the paper (deviation 1)")
+    add("--max_tokens", type=flags.whole(1), default=2048, help="of a reply (ours)")
     pixels_help = "larger pictures are sent scaled down (ours)"
-    add("--max_pixels", type=at_least(1), default=1_003_520, help=pixels_help)
-    add("--max_frames", type=at_least(1), default=8, help="of a video, evenly spaced (ours)")
+    add("--max_pixels", type=flags.whole(1), default=1_003_520, help=pixels_help)
+    add("--max_frames", type=flags.whole(1), default=8, help="of a video, evenly spaced (ours)")
     request_help = (
         "fields to add to each request; null removes one: "
         '{"max_tokens": null, "max_completion_tokens": 2048}'
@@ -547,14 +546,14 @@ def add_annotator_flags(add):
 
 
 def add_sending_flags(add):
-    add("--concurrency", type=at_least(1), default=32, help="requests at a time")
+    add("--concurrency", type=flags.whole(1), default=32, help="requests at a time")
     timeout_help = "seconds without a sign of the server"
-    add("--timeout", type=at_least(0.1, float), default=180.0, help=timeout_help)
+    add("--timeout", type=flags.number(0.1), default=180.0, help=timeout_help)
     retries_help = "of a request, up to 8 seconds apart; then its pair is left for the next run"
-    add("--retries", type=at_least(0), default=60, help=retries_help)
+    add("--retries", type=flags.whole(), default=60, help=retries_help)
     add(
         "--price",
-        type=at_least(0, float),
+        type=flags.number(),
         nargs=2,
         default=[2.5, 10.0],
         metavar=("IN", "OUT"),

@@ -353,10 +353,15 @@ def parser():
     add_judge_flags(p.add_argument_group("reward model").add_argument)
     rl_flags.add_loop_flags(p)
     add = p.add_argument_group("held-out figures and checks").add_argument
-    add("--eval_every", type=int, default=20, help="steps between held-out figures")
+    add(
+        "--eval_every",
+        type=flags.whole(),
+        default=20,
+        help="steps between held-out figures; 0 = only at both ends",
+    )
     add(
         "--check_every",
-        type=int,
+        type=flags.whole(),
         default=20,
         help="steps between comparisons of vLLM and the trainer; 0 = none",
     )
@@ -392,7 +397,7 @@ def add_data_flags(add):
     )
     add(
         "--eval_n",
-        type=int,
+        type=flags.whole(1),
         default=500,
         help="held-out tasks that are answered, from the first on",
     )
@@ -412,13 +417,13 @@ def add_reward_flags(add):
     )
     add(
         "--exact_weight",
-        type=float,
+        type=flags.number(),
         default=0.0,
         help="weight of the exact match with the ground truth; all duels together weigh 1",
     )
     add(
         "--chunk",
-        type=flags.at_least(1),
+        type=flags.whole(1),
         default=64,
         help="prompts of a rank that are sampled together, while the duels before are judged",
     )
@@ -440,7 +445,7 @@ def add_judge_flags(add):
     judging.add_server_flags(add, "the reward model", "out/rl", timeout=120.0)
     add(
         "--judge_tokens",
-        type=flags.at_least(1),
+        type=flags.whole(1),
         default=1024,
         help="longest judgement, in tokens; cut off = no verdict",
     )

@@ -328,7 +328,7 @@ def parser():
     )
     add(
         "--limit",
-        type=flags.at_least(1),
+        type=flags.whole(1),
         help="rows of each benchmark, from the first on; without it: all",
     )
     add("--group", default="source", help="the field of pairs that makes their table's columns")
@@ -340,14 +340,14 @@ def parser():
     )
     add("--base_url", help="an OpenAI-compatible server; without it: vLLM in this process")
     add("--scores", metavar="FILE", help="given rewards: JSON lines of bench, row, scores (two)")
-    add("--concurrency", type=flags.at_least(1), default=32, help="requests to a server at a time")
+    add("--concurrency", type=flags.whole(1), default=32, help="requests to a server at a time")
     add(
         "--context",
-        type=flags.at_least(1),
+        type=flags.whole(1),
         default=16384,
         help="tokens of prompt and judgement (vLLM)",
     )
-    add("--tensor_parallel", type=flags.at_least(1), default=1, help="GPUs that share one model")
+    add("--tensor_parallel", type=flags.whole(1), default=1, help="GPUs that share one model")
     add_judgement_flags(p.add_argument_group("judgements").add_argument)
     add = p.add_argument_group("output").add_argument
     add("--out", required=True, help="folder; a run that was killed continues from what is there")
@@ -357,7 +357,7 @@ def parser():
     )
     add(
         "--page",
-        type=flags.at_least(0),
+        type=flags.whole(),
         default=200,
         help="rows of each benchmark on page.html, rows on ab.html; 0 = no page",
     )
@@ -375,19 +375,19 @@ def add_judgement_flags(add):
     )
     add(
         "--samples",
-        type=flags.at_least(1),
+        type=flags.whole(1),
         help="a row, in all orders; default 16; paper: 15 and 16",
     )
     add(
         "--temperature",
-        type=flags.at_least(0, float),
+        type=flags.number(),
         default=1.0,
         help="1 in C.5; 0 = greedy, the paper's main results: one sample an order",
     )
-    add("--max_new_tokens", type=flags.at_least(1), default=4096, help="of a judgement")
+    add("--max_new_tokens", type=flags.whole(1), default=4096, help="of a judgement")
     add(
         "--max_pixels",
-        type=flags.at_least(1),
+        type=flags.whole(1),
         help="larger images and frames are scaled down; without it: the model's own bound",
     )
     add(
@@ -395,7 +395,12 @@ def add_judgement_flags(add):
         action="store_true",
         help="a row ends after three equal answers in a row, at most --samples (C.10)",
     )
-    add("--seed", type=int, default=0, help="of the samples, each has its own, and of the vote")
+    add(
+        "--seed",
+        type=flags.random_seed,
+        default=0,
+        help="of the samples, each has its own, and of the vote",
+    )
 
 
 def check_args(args):

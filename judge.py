@@ -31,7 +31,7 @@ import time
 
 from core.endpoint import Endpoint, NoReply, background_loop
 from core.files import InputError, atomic_write, jsonl_rows
-from core.flags import at_least, command_line, run_stage, share
+from core.flags import command_line, number, random_seed, run_stage, whole
 from core.seeds import uniform_from
 from stable_reinforce import parse, parse_consistency
 
@@ -187,23 +187,23 @@ def add_server_flags(add, who, model, timeout):
         help=f"OpenAI-compatible server of {who}; its key, if it needs one, in OPENAI_API_KEY",
     )
     add("--judge_model", default=model, help="the model's name there (with vLLM: as it started)")
-    add("--judge_noise", type=share, default=0.0, help="share of flipped answers (C.11)")
-    add("--judge_concurrency", type=at_least(1), default=64, help="calls at once, on each rank")
+    add("--judge_noise", type=number(0, 1), default=0.0, help="share of flipped answers (C.11)")
+    add("--judge_concurrency", type=whole(1), default=64, help="calls at once, on each rank")
     add(
         "--judge_timeout",
-        type=at_least(0.1, float),
+        type=number(0.1),
         default=timeout,
         help="seconds until a call is tried again",
     )
     add(
         "--judge_retries",
-        type=at_least(0),
+        type=whole(),
         default=6,
         help="how often a failed call is tried again; then it counts as no answer",
     )
     add(
         "--judge_patience",
-        type=at_least(0, float),
+        type=number(),
         default=600.0,
         help="seconds without any reply after which the run stops",
     )
@@ -315,7 +315,9 @@ def parser():
         help='JSONL: "text" is a whole judgement; perhaps "label", 1 = consistent, 0 = not',
     )
     p.add_argument("--out", help='write the rows here, with "consistency" added: 1, 0 or null')
-    p.add_argument("--seed", type=int, default=0, help="of --judge random and --judge_noise")
+    p.add_argument(
+        "--seed", type=random_seed, default=0, help="of --judge random and --judge_noise"
+    )
     ConsistencyJudge.add_flags(p.add_argument_group("judge"))
     return p
 

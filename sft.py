@@ -347,21 +347,45 @@ def parser():
         "--val",
         help="JSONL file of held-out pairs; without it --eval_n pairs of --data are held out",
     )
-    add("--context", type=int, default=8192, help="tokens; longer pairs are dropped and counted")
+    add(
+        "--context",
+        type=flags.whole(1),
+        default=8192,
+        help="tokens; longer pairs are dropped and counted",
+    )
     add("--out", required=True, help="folder for the model, the log and the checkpoints")
     add = p.add_argument_group("optimisation").add_argument
-    add("--lr", type=float, default=1e-5, help="peak learning rate (1e-5 in the paper)")
-    add("--batch", type=int, default=256, help="most pairs a step, all ranks (256 in the paper)")
-    add("--epochs", type=int, default=1, help="passes over the data (1 in the paper)")
-    add("--warmup", type=float, default=0.03, help="share of the steps that warm up (ours)")
+    add(
+        "--lr", type=flags.above_zero(), default=1e-5, help="peak learning rate (1e-5 in the paper)"
+    )
+    add(
+        "--batch",
+        type=flags.whole(1),
+        default=256,
+        help="most pairs a step, all ranks (256 in the paper)",
+    )
+    add("--epochs", type=flags.whole(1), default=1, help="passes over the data (1 in the paper)")
+    add(
+        "--warmup",
+        type=flags.number(0, 1),
+        default=0.03,
+        help="share of the steps that warm up (ours)",
+    )
     curves = ("cosine", "linear", "constant")
     add("--schedule", default="cosine", choices=curves, help="of --lr, down to a tenth (ours)")
-    add("--weight_decay", type=float, default=0.0, help="of AdamW (ours)")
+    add("--weight_decay", type=flags.number(), default=0.0, help="of AdamW (ours)")
     add = p.add_argument_group("validation").add_argument
-    add("--eval_every", type=int, default=50, help="steps between validations; also first and last")
-    add("--eval_n", type=int, default=256, help="pairs in a validation; 0 = no validation")
+    add(
+        "--eval_every",
+        type=flags.whole(1),
+        default=50,
+        help="steps between validations; also first and last",
+    )
+    add(
+        "--eval_n", type=flags.whole(), default=256, help="pairs in a validation; 0 = no validation"
+    )
     longest = "longest judgement or critique in validation; none is generated with --zero 3"
-    add("--max_new_tokens", type=int, default=1024, help=longest)
+    add("--max_new_tokens", type=flags.whole(1), default=1024, help=longest)
     training.trainer_flags(p)
     # an image has 4 to 640 tokens (ours)
     p.set_defaults(min_pixels=4 * 28 * 28, max_pixels=640 * 28 * 28, save_every=50)

@@ -1,12 +1,72 @@
-"""The command line of a stage: flags in files, defaults in the help, errors without a traceback."""
+"""The command line of a stage: types of flags, flags in files, errors in one line."""
 
 import argparse
 import contextlib
+import difflib
+import errno
 import json
+import math
 import shlex
 import sys
+from pathlib import Path
 
 from core.files import InputError
+
+# ------------------------------------------------------------------------------------------------
+# Types of flags
+
+
+def whole(least=0, most=10**9):
+    """The type of a flag: a whole number from `least` to `most`."""
+    if most == 10**9:
+        return _within(int, least, most, f"a whole number, {least} or more")
+    return _within(int, least, most, f"a whole number from {least} to {most}")
+
+
+def number(least=0.0, most=sys.float_info.max):
+    """The type of a flag: a finite number from `least` to `most`."""
+    if most == sys.float_info.max:
+        return _within(float, least, most, f"a number, {least:g} or more")
+    return _within(float, least, most, f"a number from {least:g} to {most:g}")
+
+
+def above_zero(most=sys.float_info.max):
+    """The type of a flag: a finite number above 0 and at most `most`."""
+    expected = "a number above 0"
+    if most < sys.float_info.max:
+        expected += f" and at most {most:g}"
+    return _within(float, math.nextafter(0, 1), most, expected)
+
+
+def _within(kind, least, most, expected):
+    def value_of(text):
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if least <= value <= most:  # nan is not
+                return value
+        raise _unexpected(expected, text)
+
+    return value_of
+
+
+random_seed = whole(0, 2**32 - 1)  # what every random generator takes
+
+
+def json_object(text):
+    """The type of a flag: a JSON object."""
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(text)
+        if isinstance(value, dict):
+            return value
+    raise _unexpected("""a JSON object such as '{"top_p": 0.9, "seed": null}'""", text)
+
+
+def _unexpected(expected, text):
+    return argparse.ArgumentTypeError(f"expected {expected}, got {text[:60]!r}")
+
+
+# ------------------------------------------------------------------------------------------------
+# The parser
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -21,58 +81,125 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return f"{action.help} [{default}]"
 
 
+class Parser(argparse.ArgumentParser):
+    """@FILE inserts the flags written in a file. An error is one line, without the usage."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = self._insert_files(sys.argv[1:] if args is None else args)
+        self._check_names(words)
+        found, rest = super().parse_known_args(words, namespace)
+        for name, value in vars(found).items():
+            if value == "" or (isinstance(value, list) and "" in value):
+                self.error(f"argument --{name}: expected a value, got an empty one")
+        return found, rest
+
+    def error(self, message):
+        self.exit(2, one_line(f"{self.prog}: {message}; see --help") + "\n")
+
+    def _insert_files(self, words, inside=()):
+        """The words of the command line, with those of each @FILE in its place."""
+        inserted = []
+        for word in words:
+            if not word.startswith("@"):
+                inserted.append(word)
+                continue
+            path = Path(word[1:])
+            if path in inside:
+                self.error(f"{word}: the file includes itself")
+            inserted += self._insert_files(self._words_of_file(path), (*inside, path))
+        return inserted
+
+    def _words_of_file(self, path):
+        """The words of a file: as in a shell, several on a line, and # begins a comment."""
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            self.error(f"@{path}: expected a text file of flags, and this is not UTF-8")
+        except (OSError, ValueError) as problem:
+            reason = getattr(problem, "strerror", None) or problem
+            self.error(f"@{path} cannot be read: {reason}")
+        words = []
+        for number_of_line, line in enumerate(lines, 1):
+            try:
+                words += shlex.split(line, comments=True)
+            except ValueError as problem:
+                self.error(f"@{path}, line {number_of_line}: {problem}; close it on this line")
+        return words
+
+    def _check_names(self, words):
+        known = [name for action in self._actions for name in action.option_strings]
+        for word in words:
+            name = word.partition("=")[0]
+            if not name.startswith("--") or name == "--" or name in known or " " in name:
+                continue
+            similar = difflib.get_close_matches(name, known, n=1)
+            hint = f"; perhaps {similar[0]} is meant" if similar else ""
+            self.error(f"unknown flag {name}{hint}")
+
+
 def command_line(doc):
-    """A parser. @file inserts the flags written in it, several on a line; # begins a comment."""
-    parser = argparse.ArgumentParser(
+    """A stage's parser, described by its docstring."""
+    return Parser(
         description=doc,
         epilog="[...]: the default. (ours): the paper states no value. @FILE: the flags in a file.",
         formatter_class=HelpFormatter,
-        fromfile_prefix_chars="@",
+        allow_abbrev=False,
     )
-    parser.convert_arg_line_to_args = _words_of_line
-    return parser
 
 
-def _words_of_line(line):
-    return shlex.split(line, comments=True)
+# ------------------------------------------------------------------------------------------------
+# Errors
+
+LONGEST = 400  # characters of an error
+ADVICE = {  # what to do about the errors of the file system that the user can fix
+    errno.ENOENT: "check the path",
+    errno.EACCES: "check its owner and mode, or choose another path",
+    errno.EPERM: "check its owner and mode, or choose another path",
+    errno.EISDIR: "give a file",
+    errno.ENOTDIR: "a file stands where a folder is needed; choose another path",
+    errno.EEXIST: "a file stands where a folder is needed; choose another path",
+    errno.EROFS: "choose a path that can be written",
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.ELOOP: "check its links",
+    errno.ENOSPC: "free some space; the same command continues",
+    errno.EDQUOT: "free some space; the same command continues",
+    errno.EMFILE: "raise the limit (ulimit -n)",
+}
 
 
-def at_least(least, kind=int):
-    """The type of a flag: a finite number, `least` or more."""
+def one_line(text):
+    """
+    A text as a line of at most 400 characters, whose control characters do nothing.
 
-    def number(text):
-        value = kind(text)
-        if not least <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"expected {least} or more, got {text}")
-        return value
-
-    return number
-
-
-def share(text):
-    """The type of a flag: a number from 0 to 1."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected 0 to 1, got {text}")
-    return value
+    >>> one_line("a\\nb\\x1b[2J")
+    'a b\\\\x1b[2J'
+    """
+    words = " ".join(str(text).split())
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
+    if len(line) <= LONGEST:
+        return line
+    return f"{line[:250]} ... {line[-(LONGEST - 255) :]}"  # the end says what to do
 
 
-def json_object(text):
-    """The type of a flag: a JSON object."""
-    with contextlib.suppress(ValueError):
-        value = json.loads(text)
-        if isinstance(value, dict):
-            return value
-    raise argparse.ArgumentTypeError(
-        f"""expected a JSON object such as '{{"top_p": 0.9, "seed": null}}', got {text!r}"""
-    )
+def fixable(error):
+    """What to tell of an error of the file system, or None if it is not for the user to fix."""
+    if error.errno in ADVICE and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; {ADVICE[error.errno]}"
+    if error.errno in ADVICE:
+        return f"{error.strerror}; {ADVICE[error.errno]}"
+    return str(error) if isinstance(error, FileNotFoundError) else None
 
 
 def run_stage(script_name, main, if_stopped="the same command continues from here"):
-    """Runs main(). What the user can fix is printed without a traceback."""
+    """Runs main(). What the user can fix is one line; anything else is our bug and a traceback."""
     try:
         return main()
-    except (InputError, FileNotFoundError) as error:
-        sys.exit(f"{script_name}: {error}")
+    except InputError as error:
+        sys.exit(one_line(f"{script_name}: {error}"))
+    except OSError as error:
+        message = fixable(error)
+        if message is None:
+            raise
+        sys.exit(one_line(f"{script_name}: {message}"))
     except KeyboardInterrupt:
         sys.exit(f"{script_name}: stopped; {if_stopped}")

@@ -3,6 +3,7 @@
 import sys
 
 from core.files import InputError
+from core.flags import above_zero, number, whole
 from core.neighbours import ALGORITHMS, KL
 from core.training import MUTABLE_FLAGS as TRAINER_MUTABLE_FLAGS
 from core.training import trainer_flags
@@ -32,7 +33,12 @@ def add_pair_flags(p):
     add = p.add_argument_group("data").add_argument
     add("--data", help="JSONL of pairs, see annotate.py: those that took two attempts or failed")
     add("--eval_data", help="JSONL of held-out pairs; without it there is no held-out accuracy")
-    add("--eval_n", type=int, default=500, help="held-out pairs that are judged, from the first on")
+    add(
+        "--eval_n",
+        type=whole(1),
+        default=500,
+        help="held-out pairs that are judged, from the first on",
+    )
     add("--out", default="out/rl", help="folder to write; the same command continues a run in it")
     add(
         "--both_orders",
@@ -41,14 +47,14 @@ def add_pair_flags(p):
     )
     add(
         "--order_bonus",
-        type=float,
+        type=number(),
         default=0.5,
         help="with --both_orders: reward for each of two judgements that are both right",
     )
     add = p.add_argument_group("reward (Eq. 1, Eq. 2)").add_argument
     add(
         "--consistency_weight",
-        type=float,
+        type=number(),
         default=0.5,
         help="weight of the consistency reward, lambda in Table 7 (0.5 in the paper)",
     )
@@ -62,7 +68,12 @@ def add_pair_flags(p):
 
 def add_check_flags(p):
     add = p.add_argument_group("held-out accuracy and checks").add_argument
-    add("--eval_every", type=int, default=10, help="steps between held-out accuracies")
+    add(
+        "--eval_every",
+        type=whole(),
+        default=10,
+        help="steps between held-out accuracies; 0 = only at both ends",
+    )
     add(
         "--save_best",
         action="store_true",
@@ -75,7 +86,7 @@ def add_check_flags(p):
     )
     add(
         "--check_every",
-        type=int,
+        type=whole(),
         default=20,
         help="steps between such comparisons in a run, after that of the first sync; 0 = none",
     )
@@ -99,34 +110,34 @@ def add_rollout_flags(add):
     )
     add(
         "--rollout_batch",
-        type=int,
+        type=whole(1),
         default=256,
         help="prompts a step, over all ranks: pairs or tasks (256 in the paper)",
     )
     add(
         "--samples",
-        type=int,
+        type=whole(1),
         default=1,
         help="responses to a prompt (in the paper 1 in rl.py, 8 in downstream_grpo.py); the group "
         "algorithms need more than 1",
     )
     add(
         "--max_new_tokens",
-        type=int,
+        type=whole(1),
         default=1024,
         help="longest response, in tokens; what is cut off there is not well-formed (ours)",
     )
     add(
         "--context",
-        type=int,
+        type=whole(1),
         default=4096,
         help="longest prompt and response together, in tokens; longer prompts are dropped and "
         "counted (ours)",
     )
-    add("--tensor_parallel", type=int, default=1, help="how many ranks share one vLLM")
+    add("--tensor_parallel", type=whole(1), default=1, help="how many ranks share one vLLM")
     add(
         "--memory",
-        type=float,
+        type=above_zero(1),
         default=0.4,
         help="share of a GPU's memory for vLLM while it samples (results/README.md has the sum)",
     )
@@ -141,33 +152,33 @@ def add_algorithm_flags(add):
     )
     add(
         "--clip",
-        type=float,
+        type=number(),
         default=1e3,
         help="stable_reinforce: delta of the pre-clip, ratios stay within [1/delta, delta] (1e3 in "
         "the paper); 0 = off",
     )
     add(
         "--sigma",
-        type=float,
+        type=number(),
         default=3.0,
         help="stable_reinforce: advantages beyond it, in standard deviations, are dropped (3 in "
         "the paper); 0 = off",
     )
     add(
         "--eps",
-        type=float,
+        type=number(0, 1),
         default=0.2,
         help="PPO's clip: ratios stay within 1 - eps and 1 + eps (0.2 in the paper)",
     )
     add(
         "--eps_high",
-        type=float,
+        type=number(),
         help="the upper side of --eps, for stable_reinforce, dapo, cispo; without it: like --eps, "
         "or the algorithm's own",
     )
     add(
         "--kl_coef",
-        type=float,
+        type=number(),
         default=0.0,
         help="weight of a KL penalty towards --model; 0 (the paper) = no reference model",
     )
@@ -180,7 +191,7 @@ def add_algorithm_flags(add):
     )
     add(
         "--tis",
-        type=float,
+        type=number(),
         default=0.0,
         help="truncated importance weights min(trainer / vLLM, this) on each token; 0 = off",
     )
@@ -195,20 +206,20 @@ def add_algorithm_flags(add):
 def add_optimisation_flags(add):
     add(
         "--train_batch",
-        type=int,
+        type=whole(1),
         default=128,
         help="responses an optimizer step, over all ranks (in the paper 128 in rl.py)",
     )
-    add("--epochs", type=int, default=1, help="passes over a rollout")
+    add("--epochs", type=whole(1), default=1, help="passes over a rollout")
     add(
         "--passes",
-        type=float,
+        type=above_zero(),
         default=5.0,
         help="passes over the data (in the paper 5 in rl.py, 1 in downstream_grpo.py)",
     )
-    add("--steps", type=int, default=0, help="rollouts; 0 = as many as --passes makes")
-    add("--lr", type=float, default=1e-6, help="learning rate (in the paper 1e-6 in rl.py)")
-    add("--warmup", type=int, default=0, help="optimizer steps of linear warm-up (ours)")
+    add("--steps", type=whole(), default=0, help="rollouts; 0 = as many as --passes makes")
+    add("--lr", type=above_zero(), default=1e-6, help="learning rate (in the paper 1e-6 in rl.py)")
+    add("--warmup", type=whole(), default=0, help="optimizer steps of linear warm-up (ours)")
 
 
 def check_flags(args, world):
@@ -246,10 +257,8 @@ def check_batches(args, world):
 
 
 def check_algorithm(args):
-    if args.clip and args.clip <= 1:
-        raise InputError(f"--clip is {args.clip}; expected a number above 1, or 0 for off")
-    if args.sigma < 0:
-        raise InputError(f"--sigma is {args.sigma}; expected a number above 0, or 0 for off")
+    if 0 < args.clip <= 1:
+        raise InputError(f"--clip is {args.clip:g}; expected a number above 1, or 0 for off")
     if args.tis and args.algo == "topr":
         raise InputError(
             "--tis weighs single tokens, but --algo topr weighs whole judgements; use --old_logps "

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from core.encoding import collate
 from core.files import InputError
+from core.flags import number, random_seed, whole
 from core.policy import token_logps
 
 # --------------------------------------------------------------------------------------------------
@@ -264,11 +265,13 @@ def trainer_flags(parser):
     )
     add(
         "--min_pixels",
-        type=int,
+        type=whole(1),
         help="smaller pictures are enlarged; without it: as the model has it",
     )
     add(
-        "--max_pixels", type=int, help="larger pictures are shrunk; without it: as the model has it"
+        "--max_pixels",
+        type=whole(1),
+        help="larger pictures are shrunk; without it: as the model has it",
     )
     add("--freeze_vision", action="store_true", help="do not train the vision tower")
     add(
@@ -277,10 +280,10 @@ def trainer_flags(parser):
         default=True,
         help="recompute activations in the backward pass: a third more work, far less memory",
     )
-    add("--clip_grad", type=float, default=1.0, help="largest gradient norm; 0 = any (ours)")
+    add("--clip_grad", type=number(), default=1.0, help="largest gradient norm; 0 = any (ours)")
     add(
         "--zero",
-        type=int,
+        type=whole(0, 3),
         default=2,
         choices=(0, 1, 2, 3),
         help="DeepSpeed ZeRO stage; 0 on a CPU only; 3 also splits the weights, which a 7B model "
@@ -288,12 +291,19 @@ def trainer_flags(parser):
     )
     add(
         "--micro_tokens",
-        type=int,
+        type=whole(1),
         default=16384,
         help="padded tokens of a micro-batch; changes speed and memory, not the result",
     )
-    add("--workers", type=int, default=4, help="processes per rank that load pictures; 0 = none")
-    add("--seed", type=int, default=0, help="of the data's order, of samples, of a new head")
-    add("--save_every", type=int, default=20, help="steps between checkpoints; 0 = none")
+    add(
+        "--workers",
+        type=whole(0, 1000),
+        default=4,
+        help="processes per rank that load pictures; 0 = none",
+    )
+    add(
+        "--seed", type=random_seed, default=0, help="of the data's order, of samples, of a new head"
+    )
+    add("--save_every", type=whole(), default=20, help="steps between checkpoints; 0 = none")
     trackers = ("none", "tensorboard", "wandb")
     add("--tracker", default="none", choices=trackers, help="log there, too; it must be installed")

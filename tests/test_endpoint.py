@@ -14,7 +14,6 @@ import pytest
 from conftest import unused_port
 from PIL import Image
 
-from core import flags
 from core.endpoint import Endpoint, NoReply, parse_completion, to_openai
 from core.pairs import JUDGING_PROMPT, InputError, Pair, judging_turns
 from judge import CONSISTENCY_PROMPT
@@ -235,63 +234,3 @@ def test_a_picture_that_is_gone_or_damaged_is_named(tmp_path, pair):
         broken = dataclasses.replace(pair, images=[str(tmp_path / name)])
         with pytest.raises(InputError, match=f"{name} cannot be read as a picture"):
             sent_pictures(broken, max_pixels=250, max_frames=1)
-
-
-# ------------------------------------------------------------------------------------------------
-# Flags
-
-
-def test_flags_can_be_in_a_file_and_defaults_are_in_the_help(tmp_path, capsys):
-    parser = flags.command_line("What it does.")
-    parser.add_argument("--n", type=flags.at_least(1), default=3, help="how many")
-    parser.add_argument("--name", help="of it")
-    (tmp_path / "args").write_text("--n 5 --name 'a b'  # a comment\n")
-    args = parser.parse_args([f"@{tmp_path}/args"])
-    assert (args.n, args.name) == (5, "a b")
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--help"])
-    printed = capsys.readouterr().out
-    assert "how many [3]" in printed and "--name NAME  of it\n" in printed
-
-
-@pytest.mark.parametrize(
-    "kind, text, message",
-    [
-        (flags.at_least(1), "0", "expected 1 or more, got 0"),
-        (flags.at_least(0, float), "nan", "expected 0 or more, got nan"),
-        (flags.at_least(0, float), "inf", "expected 0 or more, got inf"),
-        (flags.at_least(1), "x", "invalid"),
-        (flags.share, "1.5", "expected 0 to 1, got 1.5"),
-        (flags.json_object, "[1]", "expected a JSON object such as"),
-        (flags.json_object, "{", "expected a JSON object such as"),
-    ],
-)
-def test_a_flag_says_what_it_expects(capsys, kind, text, message):
-    parser = flags.command_line("")
-    parser.add_argument("--flag", type=kind)
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--flag", text])
-    assert message in capsys.readouterr().err
-
-
-def test_a_stage_prints_what_can_be_fixed_and_nothing_else():
-    def missing_file():
-        raise FileNotFoundError("restore it")
-
-    def bug():
-        raise KeyError("x")
-
-    with pytest.raises(SystemExit) as stop:
-        flags.run_stage("rl.py", missing_file)
-    assert stop.value.code == "rl.py: restore it"
-    with pytest.raises(KeyError):
-        flags.run_stage("rl.py", bug)
-
-
-def test_a_stage_that_is_stopped_says_that_it_can_go_on():
-    def interrupted():
-        raise KeyboardInterrupt
-
-    with pytest.raises(SystemExit) as stop:
-        flags.run_stage("rl.py", interrupted)
-    assert stop.value.code == "rl.py: stopped; the same command continues from here"

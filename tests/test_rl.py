@@ -185,7 +185,6 @@ def test_the_number_of_steps(words, steps):
         (["--rollout_batch", 6, "--train_batch", 6], "--rollout_batch is 6; expected a multiple"),
         (["--tensor_parallel", 3], "--tensor_parallel is 3; expected a divisor"),
         (["--clip", 0.5], "--clip is 0.5; expected a number above 1, or 0"),
-        (["--sigma", -1], "--sigma is -1.0; expected a number above 0, or 0"),
         (["--engine", "hf", "--tis", 2], "--engine hf has none, use --engine vllm"),
         (["--engine", "hf"], "use --zero 0, 1 or 2"),
         (["--algo", "topr", "--tis", 2], "use --old_logps vllm"),

@@ -444,12 +444,12 @@ def test_the_command_prints_its_address_and_ends_cleanly(key, stop):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--p_500", "1.5"], "expected 0 to 1"),
-        (["--p_reset", "nan"], "expected 0 to 1"),
-        (["--p_hang", "-0.1"], "expected 0 to 1"),
-        (["--right_easy", "2"], "expected 0 to 1"),
-        (["--latency", "-1"], "expected 0 or more"),
-        (["--hang", "inf"], "expected 0 or more"),
+        (["--p_500", "1.5"], "expected a number from 0 to 1"),
+        (["--p_reset", "nan"], "expected a number from 0 to 1"),
+        (["--p_hang", "-0.1"], "expected a number from 0 to 1"),
+        (["--right_easy", "2"], "expected a number from 0 to 1"),
+        (["--latency", "-1"], "expected a number, 0 or more"),
+        (["--hang", "inf"], "expected a number, 0 or more"),
         (["--manners", "hasty"], "expected name=share"),
         (["--manners", "hasty=.5,hasty=.5"], "expected name=share"),
         (["--manners", "hasty=1,hasty=1.0"], "expected name=share"),

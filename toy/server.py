@@ -48,7 +48,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from core.files import InputError
-from core.flags import at_least, command_line, share
+from core.flags import command_line, number, random_seed
 from toy import stand_in, world
 from toy.stand_in import load_key
 
@@ -80,7 +80,7 @@ def parser():
     p = command_line(__doc__)
     add = p.add_argument_group("server").add_argument
     add("--port", type=int, default=8010, help="on 127.0.0.1 only; 0 = a free one, it is printed")
-    add("--seed", type=int, default=0, help="of verdicts, manners and faults")
+    add("--seed", type=random_seed, default=0, help="of verdicts, manners and faults")
     add = p.add_argument_group("annotator").add_argument
     key_help = "answer keys (key.jsonl); none = every pair is unknown"
     add("--key", nargs="+", action="extend", default=[], metavar="FILE", help=key_help)
@@ -89,11 +89,11 @@ def parser():
         f"faults of {CHAT}; p_* are shares of the requests, together at most 1"
     ).add_argument
     latency_help = "mean seconds before an answer (uniform, 0.5 to 1.5 of it)"
-    add("--latency", type=at_least(0, float), default=0.0, help=latency_help)
+    add("--latency", type=number(), default=0.0, help=latency_help)
     for fault, help_text in FAULTS.items():
-        add(f"--p_{fault}", type=share, default=0.0, help=help_text)
-    add("--retry_after", type=at_least(0, float), default=1.0, help="seconds, for --p_429_after")
-    add("--hang", type=at_least(0, float), default=60.0, help="seconds, for --p_hang")
+        add(f"--p_{fault}", type=number(0, 1), default=0.0, help=help_text)
+    add("--retry_after", type=number(), default=1.0, help="seconds, for --p_429_after")
+    add("--hang", type=number(), default=60.0, help="seconds, for --p_hang")
     return p
 
 

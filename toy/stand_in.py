@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from core.files import InputError, jsonl_rows
-from core.flags import share
+from core.flags import number
 from core.pairs import CRITIQUE_PROMPT, JUDGING_PROMPT
 from judge import CONSISTENCY_PROMPT
 from toy import world
@@ -129,6 +129,7 @@ def manners(text):
     parts = [part.partition("=") for part in text.split(",")]
     names = [name.strip() for name, _, _ in parts]
     valid = len(set(names)) == len(names) and set(names) <= set(world.MANNERS)
+    share = number(0, 1)
     try:
         shares |= {name: share(value) for name, (_, _, value) in zip(names, parts)}
     except (ValueError, argparse.ArgumentTypeError):
@@ -144,8 +145,13 @@ def manners(text):
 def add_flags(add):
     """How well the annotator sees, and how it reasons."""
     easy_help = "probability of the right verdict at difficulty 0"
-    add("--right_easy", type=share, default=0.95, help=easy_help)
-    add("--right_hard", type=share, default=0.45, help="the same at difficulty 1; linear between")
+    add("--right_easy", type=number(0, 1), default=0.95, help=easy_help)
+    add(
+        "--right_hard",
+        type=number(0, 1),
+        default=0.45,
+        help="the same at difficulty 1; linear between",
+    )
     default = ",".join(f"{m}={s:g}" for m, s in zip(world.MANNERS, world.SHARES))
     manners_help = "shares of the manners of reasoning; the default is the toy world's"
     add("--manners", type=manners, default=default, help=manners_help)
