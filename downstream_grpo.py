@@ -333,7 +333,12 @@ PANELS = {
 def data_flag(text):
     """NAME=PATH -> (name, path); a path alone is a file of tasks."""
     name, _, path = text.partition("=")
-    return (name, path) if name in TASKS else ("tasks", text)
+    found = (name, path) if name in TASKS else ("tasks", text)
+    if not found[1]:
+        raise argparse.ArgumentTypeError(
+            f"expected NAME=PATH with a NAME of {', '.join(TASKS)}, or a PATH, got {text!r}"
+        )
+    return found
 
 
 def pairs_flag(text):
@@ -373,6 +378,7 @@ def parser():
         train_batch=2048,  # one update for each rollout (ours)
         both_orders=False,  # flags of rl.py that have no meaning here
         check=False,
+        save_best=False,
     )
     return p
 

@@ -407,6 +407,8 @@ def check_args(args):
     """Fills in what follows from other flags or the run, and refuses what would mislead."""
     if args.score_only:
         take_settings_of_run(args)
+    elif args.scores and args.base_url:
+        raise files.InputError("--scores and --base_url both say what judges; leave one out")
     args.orders = args.orders or "both"
     orders = 2 if args.orders == "both" else 1
     if args.scores or has_reward_head(args):  # a reward has no samples

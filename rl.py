@@ -510,11 +510,9 @@ def main():
     if device.type == "cpu":
         toy.cpu.speed_up_process()
     rl_flags.check_flags(args, world)
-    if args.data is None:
-        raise pairs.InputError("--data is missing; expected a JSONL of pairs, see annotate.py")
-    processor = encoding.load_processor(args.model, args.min_pixels, args.max_pixels)
     train_pairs = pairs.read_pairs(args.data)
     held_out = prompts.read_held_out(args.eval_data, args.eval_n)
+    processor = encoding.load_processor(args.model, args.min_pixels, args.max_pixels)
     plan = prompts.make_plan(
         train_pairs, held_out, pairs.judging_turns, processor, args, rank, world, device
     )

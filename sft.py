@@ -407,6 +407,7 @@ def load_model(args, device):
 
 def main():
     args = parser().parse_args()
+    training.check_trainer_flags(args)
     out = Path(args.out)
 
     # 1. Ranks, pairs. A step's longest come first: every world-th of them is a rank's fair share.

@@ -6,8 +6,9 @@ from core.files import InputError
 from core.flags import above_zero, number, whole
 from core.neighbours import ALGORITHMS, KL
 from core.training import MUTABLE_FLAGS as TRAINER_MUTABLE_FLAGS
-from core.training import trainer_flags
+from core.training import check_trainer_flags, trainer_flags
 
+GROUP_ALGORITHMS = ("grpo", "dr_grpo", "rloo", "dapo", "cispo")
 # flags that may change when a run is continued
 MUTABLE_FLAGS = TRAINER_MUTABLE_FLAGS | {
     "out",
@@ -31,7 +32,8 @@ MUTABLE_FLAGS = TRAINER_MUTABLE_FLAGS | {
 def add_pair_flags(p):
     """Those of rl.py alone."""
     add = p.add_argument_group("data").add_argument
-    add("--data", help="JSONL of pairs, see annotate.py: those that took two attempts or failed")
+    data_help = "JSONL of pairs, see annotate.py: those that took two attempts or failed"
+    add("--data", required=True, help=data_help)
     add("--eval_data", help="JSONL of held-out pairs; without it there is no held-out accuracy")
     add(
         "--eval_n",
@@ -225,8 +227,13 @@ def add_optimisation_flags(add):
 def check_flags(args, world):
     """Stop at flags that cannot go together, before anything is loaded."""
     check_batches(args, world)
+    check_lengths(args)
     check_algorithm(args)
     check_engine(args)
+    check_trainer_flags(args)
+    if args.save_best and not args.eval_data:
+        raise InputError("--save_best needs --eval_data, by which the best model is found")
+    note_single_update(args)
 
 
 def check_batches(args, world):
@@ -248,11 +255,13 @@ def check_batches(args, world):
             f"--rollout_batch is {args.rollout_batch}; expected a multiple of {shares} (ranks / "
             f"--tensor_parallel{orders})"
         )
-    if samples == args.train_batch and args.epochs == 1 and args.algo == "stable_reinforce":
-        print(
-            "note: with one update for each rollout every ratio is 1, so that neither the "
-            "pre-clip nor PPO's clip can act",
-            file=sys.stderr,
+
+
+def check_lengths(args):
+    if args.max_new_tokens >= args.context:
+        raise InputError(
+            f"--max_new_tokens is {args.max_new_tokens}; expected less than --context, "
+            f"{args.context}, which holds the prompt, too"
         )
 
 
@@ -269,6 +278,11 @@ def check_algorithm(args):
             f"--eps_high has no meaning for --algo {args.algo}; use it with stable_reinforce, "
             "dapo or cispo"
         )
+    if args.algo in GROUP_ALGORITHMS and args.samples == 1:
+        raise InputError(
+            f"--samples is 1; --algo {args.algo} compares the responses to a prompt and learns "
+            "nothing from one, use 2 or more"
+        )
 
 
 def check_engine(args):
@@ -283,4 +297,14 @@ def check_engine(args):
         raise InputError(
             "--zero 3 with --engine hf would gather all weights for each token; use --zero 0, 1 "
             "or 2"
+        )
+
+
+def note_single_update(args):
+    single = args.rollout_batch * args.samples == args.train_batch and args.epochs == 1
+    if single and args.algo == "stable_reinforce":
+        print(
+            "note: with one update for each rollout every ratio is 1, so that neither the "
+            "pre-clip nor PPO's clip can act",
+            file=sys.stderr,
         )

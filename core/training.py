@@ -307,3 +307,11 @@ def trainer_flags(parser):
     add("--save_every", type=whole(), default=20, help="steps between checkpoints; 0 = none")
     trackers = ("none", "tensorboard", "wandb")
     add("--tracker", default="none", choices=trackers, help="log there, too; it must be installed")
+
+
+def check_trainer_flags(args):
+    """Stop at bounds that leave no size for a picture."""
+    if args.min_pixels and args.max_pixels and args.min_pixels > args.max_pixels:
+        raise InputError(
+            f"--min_pixels is {args.min_pixels}; expected at most --max_pixels, {args.max_pixels}"
+        )

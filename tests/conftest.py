@@ -14,6 +14,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from bad_input import bad_files, bad_stage  # noqa: F401 (fixtures)
 
 from core.pairs import Pair, write_pairs
 from toy import model as toy_model
