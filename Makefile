@@ -2,6 +2,7 @@
 # make toy        the whole pipeline on the toy world, two CPU cores, about 14 minutes
 # make test       every test
 # make test-fast  the tests that start no vLLM and train nothing in a process of its own
+# make torture    kills, faults and memory, tried in numbers: results/torture.md, about an hour
 # make lint       the form of the code: ruff format and ruff check, see pyproject.toml
 # make bench      speed next to what one would use instead, into results/bench.md, about 13 minutes;
 #                 fetches TRL into out/trl/.venv (5 GB)
@@ -13,7 +14,7 @@ ifndef PYTHON
 PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do $$p -c '$(RIGHT)' 2>/dev/null && echo $$p && exit; done; echo python3)
 endif
 
-.PHONY: setup test test-fast lint toy bench
+.PHONY: setup test test-fast torture lint toy bench
 
 toy: setup
 	toy/run.sh
@@ -25,6 +26,9 @@ test: setup
 
 test-fast: setup
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -m "not slow"
+
+torture: setup
+	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/torture.py
 
 lint: setup
 	$(VENV)/bin/ruff format --check .
