@@ -19,10 +19,10 @@ endif
 toy: setup
 	toy/run.sh
 
-# Two files at a time, for two cores. Tests start processes of their own: with more threads each they
+# Two tests at a time, for two cores. Tests start processes of their own: with more threads each they
 # only get in each other's way.
 test: setup
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist worksteal
 
 test-fast: setup
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -m "not slow"

@@ -198,11 +198,11 @@ def test_the_picture_of_a_released_row_may_be_inside_it(tmp_path):
 
 def test_earlier_turns_are_part_of_the_question(tmp_path):
     row, _ = ROWS["WildVision-Battle"]
-    row |= {
+    turns = {
         "conversation_a": chat("Q", "A", "R", "bad"),
         "conversation_b": chat("Q", "A", "R", "good"),
     }
-    record = read_one("WildVision-Battle", row, tmp_path)
+    record = read_one("WildVision-Battle", row | turns, tmp_path)
     assert record.question == "user: Q\nassistant: A\nuser: R"
     assert (record.better, record.worse) == ("good", "bad")
 
