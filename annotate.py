@@ -128,6 +128,8 @@ def mix(collected, args, out):
     with open(out / "dropped.jsonl", "w") as dropped:
         usable, counts = usable_pairs(collected, benchmarks, dropped)
     mixed = draw(usable, args)
+    if not mixed:
+        raise InputError("no pair is left; is --others 0, or does --decontaminate take all?")
     for pair in mixed:
         counts[pair.source]["taken"] += 1
     pairs.write_pairs(out / "mix.jsonl", in_both_orders(mixed) if args.both_orders else mixed)

@@ -91,13 +91,14 @@ def read_tasks(data, out, limit=None):
                 tasks.append(task)
             except reading.Dropped as reason:
                 dropped[f"{name}: {reason}"] += 1
+    if not tasks:
+        paths = ", ".join(path for _, path in data)
+        raise pairs.InputError(
+            f"{paths}: no task is left, dropped: {dict(dropped)}; expected question and answer in "
+            "each row, and pictures where the rows say"
+        )
     if dropped:
         print(f"dropped: {dict(dropped)}", file=sys.stderr)
-    if not tasks:
-        raise pairs.InputError(
-            f"no task in {data}; expected NAME=PATH with NAME one of {', '.join(TASKS)}, or the "
-            "path of a JSONL file of question and answer"
-        )
     return tasks[:limit]
 
 

@@ -278,6 +278,8 @@ def read_rows(path):
         if row.get("label") not in (None, 0, 1):
             raise InputError(f"{where}: label is {json.dumps(row['label'])}; expected 0, 1 or none")
         rows.append(row)
+    if not rows:
+        raise InputError(f"{path} has no rows; expected JSON lines with a judgement each")
     return rows
 
 

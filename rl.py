@@ -511,6 +511,7 @@ def main():
         toy.cpu.speed_up_process()
     rl_flags.check_flags(args, world)
     train_pairs = pairs.read_pairs(args.data)
+    pairs.check_pairs(args.data, train_pairs)
     held_out = prompts.read_held_out(args.eval_data, args.eval_n)
     processor = encoding.load_processor(args.model, args.min_pixels, args.max_pixels)
     plan = prompts.make_plan(

@@ -47,7 +47,7 @@ from core import encoding, flags, runs, training
 from core.files import InputError
 from core.pairs import (
     Pair,
-    check_pictures_exist,
+    check_pairs,
     critique_turns,
     judging_turns,
     read_pairs,
@@ -130,12 +130,12 @@ class Examples(torch.utils.data.Dataset):
 def read_data(args):
     """Return (pairs of --data, held-out pairs, the numbers of each step's pairs)."""
     pairs = read_pairs(args.data)
-    check_pictures_exist(args.data, pairs)
+    check_pairs(args.data, pairs)
     numbers = range(len(pairs))
     shuffled = random.Random(f"{args.seed} held out").sample(numbers, len(pairs))
     if args.val:
         held_out, numbers = read_pairs(args.val, args.eval_n), shuffled
-        check_pictures_exist(args.val, held_out)
+        check_pairs(args.val, held_out)
     else:
         held_out = [pairs[i] for i in shuffled[: args.eval_n]]
         numbers = shuffled[args.eval_n :]

@@ -122,6 +122,8 @@ def check_same_settings(
     where, before, now, advice="Use the same settings to continue it, or choose another --out"
 ):
     """A run may only continue with the settings that it began with."""
+    if not isinstance(before, dict):
+        raise InputError(f"{where} does not begin with the settings of a run. {advice}")
     changes = [
         f"{name} was {before.get(name)!r}, is now {now.get(name)!r}"
         for name in sorted(before | now)

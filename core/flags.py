@@ -183,8 +183,9 @@ def one_line(text):
 
 def fixable(error):
     """What to tell of an error of the file system, or None if it is not for the user to fix."""
-    if error.errno in ADVICE and error.filename is not None:
-        return f"{error.filename}: {error.strerror}; {ADVICE[error.errno]}"
+    path = error.filename2 or error.filename  # of a rename the new name
+    if error.errno in ADVICE and path is not None:
+        return f"{path}: {error.strerror}; {ADVICE[error.errno]}"
     if error.errno in ADVICE:
         return f"{error.strerror}; {ADVICE[error.errno]}"
     return str(error) if isinstance(error, FileNotFoundError) else None

@@ -180,7 +180,7 @@ def read_judgements(folder):
     """{key: judgement} of a run. A last line without an end was cut off, or is being written."""
     done = {}
     for path in sorted(Path(folder).glob("judgements*.jsonl")):
-        whole_lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        whole_lines = path.read_bytes().split(b"\n")[:-1]
         for number, line in enumerate(whole_lines, 1):
             try:
                 judgement = _judgement_from_json(line)

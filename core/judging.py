@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import time
 from collections import Counter, deque
@@ -32,6 +31,7 @@ SAMPLES_IN_FLIGHT = 512  # vLLM runs 256 at a time
 MAX_FRAMES = 32  # of a video, sent to a server
 TOKENS_OF_A_BATCH = 16384  # of the reward heads, padding included
 ROWS_OF_A_BATCH = 64
+LARGEST_SCORE = 1e100  # of a reward in a file
 
 
 def collect(rows, backend, done, protocol, journal=None):
@@ -309,6 +309,15 @@ class RewardBackend:
         return dataclasses.replace(judgement, choice=choice)
 
 
+def is_score_row(row):
+    if not isinstance(row, dict) or not isinstance(row.get("bench"), str):
+        return False
+    scores = row.get("scores")
+    if type(row.get("row")) is not int or not isinstance(scores, list) or len(scores) != 2:
+        return False
+    return all(type(score) in (int, float) and abs(score) <= LARGEST_SCORE for score in scores)
+
+
 class RewardsInFile:
     """Rewards made elsewhere: bench, row and scores of the two responses as the row lists them."""
 
@@ -316,17 +325,14 @@ class RewardsInFile:
         self.path = path
         self.rewards = {}
         for where, row in rows:
-            try:
-                first, second = map(float, row["scores"])
-                key = row["bench"], row["row"]
-                finite = math.isfinite(first + second)
-            except (LookupError, TypeError, ValueError):
-                finite = False
-            if not finite:
-                found = json.dumps(row)[:200]
+            if not is_score_row(row):
+                found = json.dumps(row)[:80]
                 expected = "bench, row and scores, two finite numbers"
                 raise InputError(f"{where}: expected {expected}, got {found}")
-            self.rewards[key] = Rewards(first, second)
+            key = row["bench"], row["row"]
+            if key in self.rewards:
+                raise InputError(f"{where}: {key[0]} row {key[1]} has scores already; remove one")
+            self.rewards[key] = Rewards(*map(float, row["scores"]))
 
     def score(self, rows):
         for row in rows:

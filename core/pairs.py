@@ -125,8 +125,9 @@ def iter_pairs(path):
     """The pairs of a JSONL file one by one. The paths in them are joined to its folder."""
     path = Path(path)
     if not path.is_file():
+        found = "this is a folder" if path.is_dir() else "no such file"
         raise FileNotFoundError(
-            f"{path}: no such file; expected a JSONL file of pairs, as annotate.py writes them"
+            f"{path}: {found}; expected a JSONL file of pairs, as annotate.py writes them"
         )
     for where, row in jsonl_rows(path):
         pair = pair_from_row(row, where)
@@ -160,8 +161,10 @@ def write_pairs(path, pairs):
         os.fsync(file.fileno())
 
 
-def check_pictures_exist(path, pairs):
-    """Names the line of a file whose picture is missing, before hours have gone by."""
+def check_pairs(path, pairs):
+    """Stops at a file without pairs or with a missing picture, before hours have gone by."""
+    if not pairs:
+        raise InputError(f"{path} has no pairs; expected JSON lines, as annotate.py writes them")
     for number, pair in enumerate(pairs, 1):
         for picture in pair.images + (pair.video or []):
             if not os.path.isfile(picture):

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from core.encoding import encode_prompt, prompt_length
-from core.pairs import InputError, read_pairs, swap
+from core.pairs import InputError, check_pairs, read_pairs, swap
 from core.runs import checkpoints
 from core.sampler import MAX_PICTURES
 from core.seeds import seed_from
@@ -53,6 +53,7 @@ def read_held_out(path, limit):
     if not path:
         return []
     held_out = read_pairs(path, limit)
+    check_pairs(path, held_out)
     for number, pair in enumerate(held_out):
         if seed_from("order", number) % 2:
             held_out[number] = swap(pair)

@@ -19,7 +19,13 @@ from sources.reading import (
 def rows_of_pairs(path, group):
     """The values of one field of the pairs are the columns of their table."""
     for number, pair in enumerate(iter_pairs(path)):
-        groups = {group: str(row_from_pair(pair).get(group))}
+        fields = row_from_pair(pair)
+        if group not in fields:
+            raise InputError(
+                f"--group {group}: {path}, line {number + 1} has no such field; expected one of "
+                f"{', '.join(fields)}"
+            )
+        groups = {group: str(fields[group])}
         yield BenchmarkRow(**vars(pair), bench="pairs", row=number, groups=groups, set=str(number))
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import shlex
 import sys
 
@@ -37,7 +38,6 @@ VL_ROW = {
     "image": "red.png",
 }
 SCORES = {"bench": "pairs", "row": 0, "scores": [0.9, 0.1]}
-VOTES = {"votes": {"0": "left", "1": "tie"}}
 
 LEFT_OUT = object()  # as a field's value: the row is without it
 
@@ -61,7 +61,7 @@ FILES = {
     "deep.jsonl": b"[" * 100_000 + b"\n",
     "latin.jsonl": '{"id": "caf\xe9"}\n'.encode("latin-1"),
     "twins.jsonl": lines(PAIR, PAIR),
-    "gone.jsonl": lines(PAIR | {"images": ["gone.png"]}),
+    "gone-picture.jsonl": lines(PAIR | {"images": ["gone.png"]}),
     "own-gone.jsonl": lines(OWN_PAIR | {"image": "gone.png"}),
     "task-gone.jsonl": lines(TASK | {"image": "gone.png"}),
     "table.csv": b"id,question\n",
@@ -69,7 +69,11 @@ FILES = {
     "object.json": b"{}",
     "cut.json": b"[{}, ",
     "folder/notes.txt": b"no data here",
-    "votes/key.json": b"",
+    "votes.json": b'{"votes": {"0": "left"}}',
+    "votes-item.json": b'{"votes": {"9": "left"}}',
+    "votes-side.json": b'{"votes": {"0": "up"}}',
+    "votes-list.json": b'{"votes": ["left"]}',
+    "votes-number.json": b'{"votes": 3}',
     "quote.args": b"--seed 1\n--model 'x\n",
     "binary.args": b"\xff\xfe\x00",
     "loop.args": b"--seed 1 @loop.args",
@@ -181,8 +185,8 @@ def check(ended, script, message):
 
 
 def without_bars(printed):
-    """A bar draws itself over and over after a carriage return, and ends with a new line."""
-    return "".join(line for line in printed.splitlines(keepends=True) if "it/s" not in line)
+    """A bar draws itself anew after each carriage return, and ends with a new line."""
+    return "".join(line for line in re.findall(r"[^\n]*\n", printed) if "\r" not in line)
 
 
 def cases(table):

@@ -13,7 +13,7 @@ from core.pairs import (
     JUDGING_PROMPT,
     InputError,
     Pair,
-    check_pictures_exist,
+    check_pairs,
     critique_turns,
     judging_turns,
     read_pairs,
@@ -137,11 +137,11 @@ def test_a_missing_file_and_a_missing_picture_are_named(tmp_path):
     (tmp_path / "there.png").touch()
     there = dataclasses.replace(PAIR, images=[str(tmp_path / "there.png")])
     gone = dataclasses.replace(PAIR, images=[], video=[str(tmp_path / "gone.png")])
-    check_pictures_exist("p.jsonl", [there])
+    check_pairs("p.jsonl", [there])
     with pytest.raises(
         FileNotFoundError, match=r"p.jsonl, line 2 \(x\): .*gone.png does not exist"
     ):
-        check_pictures_exist("p.jsonl", [there, gone])
+        check_pairs("p.jsonl", [there, gone])
 
 
 def test_pictures_come_first_and_swapping_concerns_the_responses_alone():
