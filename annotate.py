@@ -56,16 +56,17 @@ import json
 import shutil
 import statistics
 from collections import Counter, defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from core import files, flags, pairs
 from core.endpoint import Endpoint, NoReply, to_openai
 from core.files import InputError
+from core.replies import Replies
 from core.tables import markdown_table
 from sources import TRAINING
 from sources.collecting import collect_source, download
-from sources.duplicates import benchmark_keys, usable_pairs
+from sources.duplicates import SWAPPED, benchmark_keys, usable_pairs
 from stable_reinforce import parse
 
 ATTEMPTS = 3  # section 3.2
@@ -74,7 +75,6 @@ SETS = {  # file -> attempts of the pairs in it (section 3.2); 4: all failed, No
     "sft": (1, 2, 3),
     "rl": (2, 3, 4),
 }
-SWAPPED = "#swapped"  # ends the id of a pair in its second order
 MIX_FLAGS = "data", "seed", "others", "limit", "both_orders", "decontaminate"
 # the flags that a reply depends on
 REPLY_FLAGS = "mode", "model", "temperature", "max_tokens", "max_pixels", "max_frames", "request"
@@ -168,64 +168,12 @@ def in_both_orders(mixed):
 # 3. Annotate
 
 
-@dataclass
-class Verdict:
-    choice: int | None  # 1, 2, or None: the reply has no verdict
-    offset: int  # of the reply in the journal
-
-
-class Replies:
-    """Every reply, in a journal whose first line is the settings that replies depend on."""
-
-    def __init__(self, journal, made_with):
-        self.journal = journal
-        self.verdicts = defaultdict(list)  # pair id -> [Verdict] in the order of the attempts
-        self.total = 0
-        self.prompt_tokens = 0
-        self.completion_tokens = 0
-        rows = journal.rows()
-        first = next(rows, None)
-        if first is None:
-            journal.append([made_with])
-        else:
-            _, _, before = first
-            files.check_same_settings(journal.path, before, made_with)
-        for where, offset, row in rows:
-            try:
-                self._learn(row, offset)
-            except (LookupError, TypeError, AttributeError, ValueError):
-                expected = "an object with id, attempt, text, finish, tokens"
-                found = json.dumps(row)[:200]
-                raise InputError(f"{where}: {found} is not a reply; expected {expected}") from None
-
-    def append(self, pair, reply):
-        row = {
-            "id": pair.id,
-            "attempt": len(self.verdicts[pair.id]) + 1,
-            "text": reply.text,
-            "finish": reply.finish,
-            "tokens": [reply.prompt_tokens, reply.completion_tokens],
-        }
-        (offset,) = self.journal.append([row])
-        self._learn(row, offset)
-
-    def _learn(self, row, offset):
-        prompt_tokens, completion_tokens = row["tokens"]
-        self.verdicts[row["id"]].append(Verdict(parse(row["text"]).choice, offset))
-        self.total += 1
-        self.prompt_tokens += prompt_tokens
-        self.completion_tokens += completion_tokens
-
-    def text(self, verdict):
-        return self.journal.read(verdict.offset)["text"]
-
-
 def next_request(pair, verdicts, mode):
     """The messages of the pair's next attempt, or None if there is none left."""
     if mode == "critique":
-        is_done = len(verdicts) == len(pair.responses)
+        is_done = len(verdicts) >= len(pair.responses)
         return None if is_done else pairs.critique_turns(pair, len(verdicts))
-    is_done = len(verdicts) == ATTEMPTS or is_solved(pair, verdicts)
+    is_done = len(verdicts) >= ATTEMPTS or is_solved(pair, verdicts)
     return None if is_done else pairs.judging_turns(pair)
 
 
@@ -241,7 +189,7 @@ class Annotator:
         self.replies = replies
         self.args = args
         self.bar = bar
-        self.failures = Counter()  # reason -> pairs left for the next run
+        self.failures = Counter()  # cause -> pairs left for the next run
         self.failed_in_a_row = 0  # since the last reply, over all workers
         self.done = 0
         self.solved = 0
@@ -279,8 +227,8 @@ class Annotator:
             self.replies.append(pair, reply)
 
     def _leave(self, pair, problem):
-        self.failures[problem.reason] += 1
-        if self.failures[problem.reason] == 1:
+        self.failures[problem.cause] += 1
+        if self.failures[problem.cause] == 1:
             self.bar.write(f"pair {pair.id} is left for the next run: {problem.reason}")
         # once others have had replies, a request that is refused is this pair's own fault
         if not (problem.refused and self.replies.total):
@@ -355,7 +303,7 @@ def annotated_pairs(mixed, replies, args):
         if is_solved(pair, verdicts):
             pair.attempts = len(verdicts)
             pair.annotation = replies.text(verdicts[-1])
-        elif len(verdicts) == ATTEMPTS:
+        elif len(verdicts) >= ATTEMPTS:
             pair.attempts = ATTEMPTS + 1
         if args.both_orders:
             pair.extra["contradicted"] = is_contradicted(pair, replies)  # deviation 7
@@ -533,7 +481,7 @@ def add_annotator_flags(add):
     mode_help = "critique: write critic.jsonl from the same mix (deviation 8)"
     add("--mode", choices=("judge", "critique"), default="judge", help=mode_help)
     url_help = "any OpenAI-compatible server; its key in OPENAI_API_KEY"
-    add("--base_url", default="https://api.openai.com/v1", help=url_help)
+    add("--base_url", type=flags.server_url, default="https://api.openai.com/v1", help=url_help)
     add("--model", default="gpt-4o", help="its name at the server")
     add("--temperature", type=flags.number(), default=0.0, help="0 in the paper (deviation 1)")
     add("--max_tokens", type=flags.whole(1), default=2048, help="of a reply (ours)")
@@ -549,9 +497,12 @@ def add_annotator_flags(add):
 
 def add_sending_flags(add):
     add("--concurrency", type=flags.whole(1), default=32, help="requests at a time")
-    timeout_help = "seconds without a sign of the server"
+    timeout_help = "seconds that a request may take; then it is sent again"
     add("--timeout", type=flags.number(0.1), default=180.0, help=timeout_help)
-    retries_help = "of a request, up to 8 seconds apart; then its pair is left for the next run"
+    retries_help = (
+        "of a request, up to 8 seconds apart, or as the server asks up to 120; then its pair is "
+        "left for the next run"
+    )
     add("--retries", type=flags.whole(), default=60, help=retries_help)
     add(
         "--price",
@@ -565,6 +516,7 @@ def add_sending_flags(add):
 
 def main(words=None):
     args = parser().parse_args(words)
+    endpoint = Endpoint(args.base_url, args.timeout, args.retries)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     mixed = out / "mix.jsonl"
@@ -578,10 +530,11 @@ def main(words=None):
     orders = 2 if args.both_orders else 1
     total = orders * sum(outcomes.get("taken", 0) for outcomes in counts.values())
 
-    endpoint = Endpoint(args.base_url, args.timeout, args.retries)
-    journal_name = "journal.jsonl" if args.mode == "judge" else "journal-critique.jsonl"
+    journal_name, most = "journal.jsonl", ATTEMPTS
+    if args.mode == "critique":
+        journal_name, most = "journal-critique.jsonl", 2  # one of each response
     with files.Journal(out / journal_name) as journal:
-        replies = Replies(journal, reply_settings(mixed, args))
+        replies = Replies(journal, reply_settings(mixed, args), most)
         # 3. Annotate: ask for every reply that the journal does not have yet
         unanswered = annotate(mixed, replies, endpoint, total, args)
         # 4. Write: the sets and the report

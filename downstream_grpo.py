@@ -68,7 +68,7 @@ import judge as judging
 import rl
 import toy.cpu
 from core import endpoint, flags, metrics, pairs, prompts, rl_flags, runs, training
-from core.duels import duel, finished_answer, make_contest, score
+from core.duels import Duel, duel, finished_answer, make_contest, score
 from core.encoding import load_processor
 from core.exact_match import exact
 from core.seeds import seed_from, uniform_from
@@ -136,7 +136,13 @@ class RewardModel:
         self.images = lru_cache(1024)(self.encode_images)
         if args.judge == "model":
             read = read_verdict if args.verdict == "reason" else read_token
-            self.questions = judging.Questions(args, self.counts, self.request, read)
+            easy = Duel("Which is larger, 2 or 3?", (), "3 is larger.", "2 is larger.", "3")
+            self.questions = judging.Questions(args, self.counts, self.request, read, easy)
+
+    def check(self):
+        """Asks one easy question: a server that cannot answer stops a run before it begins."""
+        if self.args.judge == "model":
+            judging.ask_now(self.questions, self.loop)
 
     def submit(self, asked):
         """A future of the probabilities of these duels, which are asked in another thread."""
@@ -195,7 +201,8 @@ def read_verdict(reply):
 
 def read_token(reply):
     if not reply.top_logprobs:
-        raise endpoint.NoReply("the reply has no log-probabilities, which --verdict token needs")
+        lacking = "the reply has no log-probabilities, which --verdict token needs"
+        raise endpoint.NoReply(lacking, refused=True)
     probabilities = {}
     for token, logp in reply.top_logprobs[0].items():
         digit = token.strip()  # of "1" and " 1" the likelier one
@@ -472,8 +479,10 @@ def main():
     held_out = read_tasks(args.eval_data, Path(args.out), args.eval_n) if args.eval_data else []
     processor = load_processor(args.model, args.min_pixels, args.max_pixels)
     plan = prompts.make_plan(tasks, held_out, task_turns, processor, args, rank, world, device)
+    reward_model = RewardModel(args, args.seed)
+    training.on_first_rank(reward_model.check)
     run = rl.start_run(args, processor, rank, world, device)
-    train(run, plan, RewardModel(args, args.seed))
+    train(run, plan, reward_model)
 
 
 def train(run, plan, reward_model):

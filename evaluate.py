@@ -338,7 +338,8 @@ def parser():
         default="out/rl",
         help="folder or hub name, of a judge or a reward head; with --base_url its name there",
     )
-    add("--base_url", help="an OpenAI-compatible server; without it: vLLM in this process")
+    url_help = "an OpenAI-compatible server; without it: vLLM in this process"
+    add("--base_url", type=flags.server_url, help=url_help)
     add("--scores", metavar="FILE", help="given rewards: JSON lines of bench, row, scores (two)")
     add("--concurrency", type=flags.whole(1), default=32, help="requests to a server at a time")
     add(

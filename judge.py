@@ -4,7 +4,8 @@ An MLLM behind any OpenAI-compatible server says so, at temperature 0; the paper
 Qwen2.5-VL-7B-Instruct. It sees text only.
 
 What cannot be judged is None, is counted, and is no agreement. A judge that answers nothing for
---judge_patience seconds stops the run, which keeps a checkpoint. For C.11: --judge_noise flips
+--judge_patience seconds, and then not even an easy question, stops the run, which keeps a
+checkpoint; so does one that answers none of many questions. For C.11: --judge_noise flips
 answers, --judge random is a coin, --judge none never agrees, and --judge rule is a regular
 expression instead of a model: the last "Response 1|2 is better" (or preferred, superior, ...) of
 the reasoning against the verdict.
@@ -22,16 +23,21 @@ $ python -m vllm.entrypoints.openai.api_server --model Qwen/Qwen2.5-VL-7B-Instru
 $ python judge.py --judge_url http://127.0.0.1:8000/v1 --data out/rl/rollouts-0.jsonl \
     --out out/consistency.jsonl
 $ python judge.py --judge rule --data out/rl/rollouts-0.jsonl
+
+With --out each answer is kept as it comes, in OUT.journal: the same command asks for what is
+missing, and for nothing else.
 """
 
 import asyncio
+import contextlib
+import hashlib
 import json
 import re
 import time
 
 from core.endpoint import Endpoint, NoReply, background_loop
-from core.files import InputError, atomic_write, jsonl_rows
-from core.flags import command_line, number, random_seed, run_stage, whole
+from core.files import InputError, Journal, atomic_write, check_same_settings, jsonl_rows
+from core.flags import command_line, number, random_seed, run_stage, server_url, whole
 from core.seeds import uniform_from
 from stable_reinforce import parse, parse_consistency
 
@@ -51,8 +57,12 @@ BETTER = re.compile(
 )
 
 
+EASY_JUDGEMENT = "<think>Response 1 is better.</think><answer>1</answer>"
+MANY = 8  # different questions; if none of them is answered, the fault is the judge's
+
+
 class JudgeDead(InputError):
-    """No reply came for --judge_patience seconds."""
+    """No reply came for --judge_patience seconds, or none to many questions."""
 
 
 def judge_question(text):
@@ -103,12 +113,14 @@ class Questions:
     answer, which is kept. downstream_grpo.py asks its reward model in the same way.
     """
 
-    def __init__(self, args, counts, request, read):
+    def __init__(self, args, counts, request, read, easy):
         self.args = args
         self.counts = counts  # adds to "calls", "cached", "failed", "tokens"
         self.request = request
         self.read = read
+        self.easy = easy  # a question that every judge can answer
         self.answers = {}  # of all questions so far
+        self.keep = None  # called with each new question and its answer
         self.endpoint = Endpoint(
             args.judge_url,
             args.judge_timeout,
@@ -118,7 +130,6 @@ class Questions:
         )
         self.slots = asyncio.Semaphore(args.judge_concurrency)
         self.last_reply = 0.0  # by time.monotonic()
-        self.last_failure = "none yet, calls are still waiting"
 
     async def ask(self, questions):
         """{question: answer}. A question that alone got no answer is left out."""
@@ -133,6 +144,11 @@ class Questions:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+        if len(new) >= MANY and not any(question in self.answers for question in new):
+            raise JudgeDead(
+                f"{self.args.judge_url}: none of {len(new)} questions was answered; the last "
+                f"failure: {tasks[-1].result()}"
+            )
         return {q: self.answers[q] for q in questions if q in self.answers}
 
     async def _wait_for(self, tasks):
@@ -144,32 +160,53 @@ class Questions:
             )
             for task in done:
                 task.result()
-            silence = time.monotonic() - self.last_reply
-            if pending and silence >= self.args.judge_patience:
-                raise JudgeDead(
-                    f"{self.args.judge_url}: no reply for {self.args.judge_patience:g} s "
-                    "(--judge_patience). Is the server up, and does it call its model "
-                    f"{self.args.judge_model!r} (--judge_model)? "
-                    f"The last failure: {self.last_failure}"
-                )
+            if pending and self._silence() >= self.args.judge_patience:
+                failure = await self._ask_the_easy_one()
+                if failure and self._silence() >= self.args.judge_patience:
+                    raise JudgeDead(
+                        f"{self.args.judge_url}: no reply for {self.args.judge_patience:g} s "
+                        f"(--judge_patience); the last failure: {failure}"
+                    )
+
+    def _silence(self):
+        return time.monotonic() - self.last_reply
 
     async def _ask_one(self, question):
+        """Asks until there is an answer, or until the fault is not the judge's; returns it."""
         async with self.slots:
             turns, fields = self.request(question)
-            start = time.monotonic()
-            while question not in self.answers:
+            while True:
+                start = time.monotonic()
                 try:
                     reply = await self.endpoint.ask(self.args.judge_model, turns, **fields)
-                    self.answers[question] = self.read(reply)
+                    answer = self.read(reply)
                 except NoReply as failure:
-                    self.last_failure = str(failure)
-                    if self.last_reply > start:  # others had replies: the fault is this question's
+                    # the judge answers others: what got no reply is this question alone
+                    if self.last_reply > start or not await self._ask_the_easy_one():
                         self.counts["failed"] += 1
-                        return
-                    await asyncio.sleep(0.5)  # nobody had: the judge is down, and may come back
+                        return failure.reason
+                    await asyncio.sleep(0.5)  # the judge is down, and may come back
                 else:
                     self.last_reply = time.monotonic()
                     self.counts["tokens"] += reply.prompt_tokens + reply.completion_tokens
+                    self.answers[question] = answer
+                    if self.keep:
+                        self.keep(question, answer)
+                    return None
+
+    async def _ask_the_easy_one(self):
+        """Once. Returns None if it is answered, otherwise why it is not."""
+        turns, fields = self.request(self.easy)
+        try:
+            self.read(await self.endpoint.ask_once(self.args.judge_model, turns, **fields))
+        except NoReply as failure:
+            if failure.refused:
+                raise InputError(
+                    f"{self.args.judge_url}: refuses even an easy question: {failure.reason}"
+                ) from None
+            return failure.reason
+        self.last_reply = time.monotonic()
+        return None
 
 
 def consistency_request(question):
@@ -183,6 +220,7 @@ def read_consistency(reply):
 def add_server_flags(add, who, model, timeout):
     add(
         "--judge_url",
+        type=server_url,
         default="http://127.0.0.1:8000/v1",
         help=f"OpenAI-compatible server of {who}; its key, if it needs one, in OPENAI_API_KEY",
     )
@@ -207,6 +245,12 @@ def add_server_flags(add, who, model, timeout):
         default=600.0,
         help="seconds without any reply after which the run stops",
     )
+
+
+def ask_now(questions, loop):
+    """The easy question, which no later count contains."""
+    asyncio.run_coroutine_threadsafe(questions.ask([questions.easy]), loop).result()
+    questions.counts.update(new_counts())
 
 
 def new_counts():
@@ -234,7 +278,15 @@ class ConsistencyJudge:
         self.counts = new_counts()
         self.loop = background_loop()
         if args.judge == "model":
-            self.questions = Questions(args, self.counts, consistency_request, read_consistency)
+            easy = judge_question(EASY_JUDGEMENT)
+            self.questions = Questions(
+                args, self.counts, consistency_request, read_consistency, easy
+            )
+
+    def check(self):
+        """Asks one easy question: a judge that cannot answer stops a run before it begins."""
+        if self.args.judge == "model":
+            ask_now(self.questions, self.loop)
 
     def submit(self, texts):
         """A future of [1 | 0 | None], one for each judgement."""
@@ -283,6 +335,43 @@ def read_rows(path):
     return rows
 
 
+@contextlib.contextmanager
+def answers_kept(judge, path):
+    """Takes the answers that an earlier run kept in this journal, and keeps the new ones there."""
+    questions = judge.questions
+    prompt = hashlib.sha256(CONSISTENCY_PROMPT.encode()).hexdigest()[:12]
+    made_with = {"judge_model": judge.args.judge_model, "prompt": prompt}
+    with Journal(path) as journal:
+        rows = journal.rows()
+        first = next(rows, None)
+        if first is None:
+            journal.append([made_with])
+        else:
+            where, _, before = first
+            if not isinstance(before, dict):
+                raise InputError(f"{where}: expected the settings of a run of judge.py; remove it")
+            check_same_settings(path, before, made_with)
+        for where, _, row in rows:
+            question, answer = read_kept_answer(row, where)
+            questions.answers[question] = answer
+
+        def keep(question, answer):
+            journal.append([{"question": question, "answer": answer}])
+
+        questions.keep = keep
+        yield
+
+
+def read_kept_answer(row, where):
+    is_answer = isinstance(row, dict) and row.get("answer", "none") in (0, 1, None)
+    if is_answer and isinstance(row.get("question"), str):
+        return row["question"], row["answer"]
+    raise InputError(
+        f"{where}: expected a question and its answer, 0, 1 or null; remove this line, and the "
+        "question is asked again"
+    )
+
+
 def write_rows(path, rows, answers):
     with atomic_write(path) as file:
         for row, answer in zip(rows, answers):
@@ -316,7 +405,8 @@ def parser():
         required=True,
         help='JSONL: "text" is a whole judgement; perhaps "label", 1 = consistent, 0 = not',
     )
-    p.add_argument("--out", help='write the rows here, with "consistency" added: 1, 0 or null')
+    out_help = 'write the rows here, with "consistency" added: 1, 0 or null; keeps what is answered'
+    p.add_argument("--out", help=out_help)
     p.add_argument(
         "--seed", type=random_seed, default=0, help="of --judge random and --judge_noise"
     )
@@ -328,8 +418,12 @@ def main():
     args = parser().parse_args()
     rows = read_rows(args.data)
     judge = ConsistencyJudge(args, args.seed)
+    kept = contextlib.nullcontext()
+    if args.out and args.judge == "model":
+        kept = answers_kept(judge, f"{args.out}.journal")
     start = time.monotonic()
-    answers = judge.consistency([row["text"] for row in rows])
+    with kept:
+        answers = judge.consistency([row["text"] for row in rows])
     seconds = time.monotonic() - start
     if args.out:
         write_rows(args.out, rows, answers)
@@ -337,4 +431,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_stage("judge.py", main, if_stopped="nothing was written")
+    run_stage("judge.py", main, if_stopped="with --out, the same command continues from here")

@@ -517,10 +517,13 @@ def main():
     plan = prompts.make_plan(
         train_pairs, held_out, pairs.judging_turns, processor, args, rank, world, device
     )
+    judge = ConsistencyJudge(args, args.seed)
+    if not args.check:
+        training.on_first_rank(judge.check)
     run = start_run(args, processor, rank, world, device)
     if args.check:
         sys.exit(0 if check(run, plan.train) else 1)
-    train(run, plan, ConsistencyJudge(args, args.seed))
+    train(run, plan, judge)
 
 
 def open_run(run, plan, what, **state):

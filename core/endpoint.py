@@ -2,17 +2,28 @@
 
 import asyncio
 import base64
+import email.utils
 import io
 import json
+import math
 import os
+import random
 import re
 import threading
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlparse
+from urllib.parse import urlsplit
 
 from core.files import InputError
+
+LARGEST_BODY = 32 * 2**20  # bytes of a response; 32,000 tokens with 5 alternatives each are 20 MB
+LONGEST_TEXT = 2**20  # characters of a reply
+MOST_TOKENS = 2**31  # that a server may claim to have read or written
+LONGEST_RETRY_AFTER = 120.0  # seconds; a server that wants more is asked again after these
+SILENCE = 5.0  # seconds until it is said what is being waited for
+SILENCE_AGAIN = 600.0  # seconds until the same is said again
 
 
 @dataclass
@@ -28,79 +39,210 @@ class Reply:
 class NoReply(Exception):
     """A request that got no reply, for a reason that is not the model's."""
 
-    def __init__(self, reason, refused=False):
-        super().__init__(reason)
-        self.reason = reason
+    def __init__(self, cause, detail="", refused=False, retry_after=None):
+        self.cause = cause  # in words that are the same each time, such as "status 500"
+        self.detail = detail  # what the server said, for example
+        self.reason = f"{cause}: {detail}" if detail else cause
         self.refused = refused  # the server will not take this request, however often it is sent
+        self.retry_after = retry_after  # seconds that the server asks for
+        super().__init__(self.reason)
 
 
 class Endpoint:
-    """An OpenAI-compatible server. Its key is OPENAI_API_KEY; one on this machine needs none."""
+    """
+    An OpenAI-compatible server. Its key is OPENAI_API_KEY; one on this machine needs none.
+
+    A try takes at most `timeout` seconds in all, and what fails is sent again, `retries` times.
+    Plain HTTP without redirects, so that the key goes to no other server.
+    """
 
     def __init__(
         self, base_url, timeout=180, retries=12, url_flag="--base_url", model_flag="--model"
     ):
-        import openai
+        import httpx
 
-        self.key = os.environ.get("OPENAI_API_KEY")
-        if not self.key:
-            host = urlparse(base_url).hostname or ""
-            if not re.fullmatch(r"localhost|127(\.\d+){3}|::1", host):
-                raise InputError(
-                    f"OPENAI_API_KEY is not set, and {base_url} is not on this machine; "
-                    "run: export OPENAI_API_KEY=..."
-                )
-            self.key = "EMPTY"
-        self.retries = retries
-        self.retried = Counter()  # what was sent again, by reason
+        self.base_url = base_url
+        self.url_flag = url_flag
         self.flags = f"OPENAI_API_KEY, {url_flag} and {model_flag}"
-        # The client itself repeats what fails by rate limits, server errors, timeouts and broken
-        # connections, and waits as long as Retry-After says.
-        self.client = openai.AsyncOpenAI(
-            base_url=base_url, api_key=self.key, timeout=timeout, max_retries=retries
+        self.key = read_key(base_url)
+        self.timeout = timeout
+        self.retries = retries
+        self.retried = Counter()  # what was sent again, by cause
+        self.last_reply = time.monotonic()
+        self.told = {}  # cause of a wait: when it was last printed
+        headers = {
+            "Authorization": f"Bearer {self.key or 'EMPTY'}",
+            "Content-Type": "application/json",
+            "Accept-Encoding": "identity",  # a few compressed bytes can become gigabytes
+        }
+        no_limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        self.client = httpx.AsyncClient(
+            headers=headers, timeout=None, limits=no_limits, follow_redirects=False
         )
 
     async def ask(self, model, turns, **fields):
         """A Reply, or NoReply. A refusal by the model is a reply like any other."""
+        start = time.monotonic()
         for attempt in range(self.retries + 1):
-            if attempt > 0:
-                self.retried["reply was not a chat completion"] += 1
-                await asyncio.sleep(min(8, 0.5 * 2**attempt))
-            body = await self._send(model, turns, fields)
-            reply = parse_completion(body)
-            if reply is not None:
-                return reply
-        raise NoReply(f"no reply after {self.retries + 1} tries: none was a chat completion")
+            try:
+                return await self.ask_once(model, turns, **fields)
+            except NoReply as problem:
+                if problem.refused:
+                    raise
+                failure = problem
+            if attempt < self.retries:
+                await self._wait(failure, attempt, start)
+        tries = f"no reply after {self.retries + 1} tries, the last failure: "
+        raise NoReply(tries + failure.cause, failure.detail)
 
-    async def _send(self, model, turns, fields):
-        """The bytes of the response."""
-        import openai
+    async def ask_once(self, model, turns, **fields):
+        """A Reply, or NoReply after a single try."""
+        import httpx
 
+        # ASCII: half of a surrogate pair in a text is sent as \ud800
+        request = json.dumps({"model": model, "messages": turns} | fields).encode()
+        timer = asyncio.get_running_loop().call_later(SILENCE, self._tell_of_silence)
         try:
-            response = await self.client.chat.completions.with_raw_response.create(
-                model=model, messages=turns, extra_body=fields
+            async with asyncio.timeout(self.timeout):
+                response, body = await self._post(request)
+        except TimeoutError:
+            raise NoReply(f"no reply within {self.timeout:g} s") from None
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise NoReply(type(error).__name__, self._quote(str(error))) from None
+        finally:
+            timer.cancel()
+        self._check_status(response, body)
+        reply = parse_completion(body)
+        if reply is None:
+            raise NoReply("the reply was not a chat completion", self._quote(body))
+        self.last_reply = time.monotonic()
+        return reply
+
+    async def _post(self, request):
+        """(response, its body). A body that is too large is not read to its end."""
+        body = bytearray()
+        url = self.base_url.rstrip("/") + "/chat/completions"
+        async with self.client.stream("POST", url, content=request) as response:
+            async for part in response.aiter_raw():
+                body += part
+                if len(body) > LARGEST_BODY:
+                    raise NoReply(f"the reply was larger than {LARGEST_BODY // 2**20} MB")
+        return response, bytes(body)
+
+    def _check_status(self, response, body):
+        status = response.status_code
+        if 200 <= status < 300:
+            return
+        failure = f"status {status}"
+        said = self._quote(error_message(body))
+        if status < 400:
+            target = self._quote(response.headers.get("location", ""))
+            raise InputError(
+                f"{self.base_url}: status {status}, a redirect to {target}. Redirects are not "
+                f"followed; give the final address in {self.url_flag}"
             )
-        except openai.APIStatusError as error:
-            raise self._status_failure(error) from None
-        except openai.APIConnectionError as error:  # a timeout is one, too
-            failure = f"{type(error).__name__}, {error.__cause__!r}"
-            raise self._failure_after_retries(failure) from None
-        if response.retries_taken:
-            self.retried["request failed"] += response.retries_taken
-        return response.http_response.content
-
-    def _status_failure(self, error):
-        status = error.status_code
-        reason = str(error).replace(self.key, "***")
         if status in (401, 403, 404):
-            return InputError(f"{self.client.base_url}: {reason}; check {self.flags}")
+            raise InputError(f"{self.base_url}: {failure}: {said}; check {self.flags}")
         if status < 500 and status not in (408, 409, 429):
-            return NoReply(reason, refused=True)
-        return self._failure_after_retries(reason)
+            raise NoReply(failure, said, refused=True)
+        raise NoReply(failure, said, retry_after=retry_after(response.headers.get("retry-after")))
 
-    def _failure_after_retries(self, reason):
-        self.retried["request failed"] += self.retries
-        return NoReply(f"no reply after {self.retries + 1} tries, the last failure: {reason}")
+    def _quote(self, text):
+        """What a server sent, as the terminal may see it: one line, short, without the key."""
+        if isinstance(text, bytes):
+            text = text[:2000].decode(errors="replace")
+        return repr(mask(text[:2000], self.key)[:150])
+
+    async def _wait(self, failure, attempt, start):
+        """Waits before the next try: as long as the server asks for, or half a second to eight."""
+        self.retried[failure.cause] += 1
+        seconds = failure.retry_after
+        if seconds is None:
+            # not all at the same moment
+            seconds = 2.0 ** min(attempt - 1, 3) * random.uniform(0.75, 1)
+        if time.monotonic() - start + seconds > SILENCE:
+            self._tell(failure.cause, f", again in {seconds:.0f} s")
+        await asyncio.sleep(seconds)
+
+    def _tell_of_silence(self):
+        if time.monotonic() - self.last_reply >= SILENCE:
+            self._tell("no reply yet")
+
+    def _tell(self, cause, plan=""):
+        """Says what is being waited for, each cause once in ten minutes."""
+        from tqdm import tqdm
+
+        now = time.monotonic()
+        if now - self.told.get(cause, -math.inf) < SILENCE_AGAIN:
+            return
+        self.told[cause] = now
+        with tqdm.external_write_mode():  # a progress bar moves out of the way
+            print(f"waiting for {self.base_url}: {cause}{plan}", flush=True)
+
+
+def read_key(base_url):
+    """OPENAI_API_KEY; None if it is not set, and the server is on this machine."""
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not key:
+        host = urlsplit(base_url).hostname or ""
+        if re.fullmatch(r"localhost|127(\.\d+){3}|::1", host):
+            return None
+        raise InputError(
+            f"OPENAI_API_KEY is not set, and {base_url} is not on this machine; "
+            "run: export OPENAI_API_KEY=..."
+        )
+    if not re.fullmatch(r"[!-~]+", key) or re.search(r"[\"'\\]", key):
+        raise InputError(
+            "OPENAI_API_KEY holds a space, a line break or another character that no key has; "
+            "set it again: export OPENAI_API_KEY=..."
+        )
+    return key
+
+
+def mask(text, key):
+    """
+    The text without the key, and without any eight of its characters in a row.
+
+    >>> mask("sent: Bearer sk-0123456789, known: sk-01234...", "sk-0123456789")
+    'sent: Bearer ***, known: ***...'
+    """
+    if not key:
+        return text
+    text = text.replace(key, "***")
+    for length in range(len(key) - 1, 7, -1):
+        for first in range(len(key) - length + 1):
+            text = text.replace(key[first : first + length], "***")
+    return text
+
+
+def retry_after(header):
+    """
+    The seconds that a Retry-After asks for, at most two minutes; None if it asks for nothing.
+
+    >>> retry_after("30"), retry_after("1e9"), retry_after("Wed, 21 Oct 2115 07:28:00 GMT")
+    (30.0, 120.0, 120.0)
+    >>> [retry_after(header) for header in ("0", "nan", "soon", None)]
+    [None, None, None, None]
+    """
+    try:
+        seconds = float(header)
+    except TypeError:
+        return None
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
+        except (ValueError, OverflowError):
+            return None
+    return min(seconds, LONGEST_RETRY_AFTER) if seconds > 0 else None
+
+
+def error_message(body):
+    """What an OpenAI-compatible server says about an error, or all that was sent."""
+    try:
+        message = json.loads(body)["error"]["message"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return body
+    return message if isinstance(message, str) else body
 
 
 def parse_completion(body):
@@ -111,22 +253,48 @@ def parse_completion(body):
         message = choice["message"]
         usage = completion.get("usage") or {}
         reply = Reply(
-            text=message.get("content") or message.get("refusal") or "",
+            text=_text(message),
             finish=choice.get("finish_reason"),
-            prompt_tokens=int(usage.get("prompt_tokens") or 0),
-            completion_tokens=int(usage.get("completion_tokens") or 0),
+            prompt_tokens=_count(usage.get("prompt_tokens")),
+            completion_tokens=_count(usage.get("completion_tokens")),
         )
         if choice.get("logprobs"):
             content = choice["logprobs"].get("content") or []
-            reply.tokens = [token["token"] for token in content]
+            reply.tokens = [_token(token) for token in content]
             reply.top_logprobs = [_options(token["top_logprobs"]) for token in content]
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
-    return reply if isinstance(reply.text, str) else None
+    return reply if isinstance(reply.finish, str | None) else None
+
+
+def _text(message):
+    text = message.get("content")
+    if text in (None, ""):
+        text = message.get("refusal") or ""
+    if len(text) > LONGEST_TEXT:
+        raise ValueError("no model writes this much")
+    text.encode()  # fails for a list or a number, and for half of a surrogate pair
+    return text
+
+
+def _count(tokens):
+    tokens = tokens or 0
+    if not isinstance(tokens, int) or not 0 <= tokens < MOST_TOKENS:
+        raise ValueError("no number of tokens")
+    return tokens
+
+
+def _token(token):
+    if not isinstance(token["token"], str):
+        raise TypeError("no token")
+    return token["token"]
 
 
 def _options(top_logprobs):
-    return {option["token"]: float(option["logprob"]) for option in top_logprobs}
+    options = {_token(option): float(option["logprob"]) for option in top_logprobs}
+    if not all(-math.inf < logp < 1 for logp in options.values()):  # 0 but for rounding
+        raise ValueError("no log-probability")
+    return options
 
 
 def background_loop():

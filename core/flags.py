@@ -6,9 +6,11 @@ import difflib
 import errno
 import json
 import math
+import re
 import shlex
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from core.files import InputError
 
@@ -59,6 +61,27 @@ def json_object(text):
         if isinstance(value, dict):
             return value
     raise _unexpected("""a JSON object such as '{"top_p": 0.9, "seed": null}'""", text)
+
+
+def server_url(text):
+    """
+    The type of a flag: the address of an OpenAI-compatible server.
+
+    It is written to files and printed, so nothing secret may be in it.
+    """
+    if re.search("[@?#]", text):
+        raise argparse.ArgumentTypeError(
+            "expected an address without user, password, ? and #, because it is written to files; "
+            "a key belongs in OPENAI_API_KEY"
+        )
+    try:
+        address = urlsplit(text)
+        is_valid = address.scheme in ("http", "https") and address.hostname and address.port != 0
+    except ValueError:  # of a port or of an IPv6 address
+        is_valid = False
+    if not is_valid or not re.fullmatch("[!-~]{1,200}", text):
+        raise _unexpected("an address such as http://127.0.0.1:8000/v1", text)
+    return text
 
 
 def _unexpected(expected, text):

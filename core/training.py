@@ -65,6 +65,21 @@ def all_reduce(values, how="sum"):
     return tensor.tolist()
 
 
+def on_first_rank(check):
+    """check() on rank 0 alone. If it fails, all ranks stop, and rank 0 says why."""
+    problem = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            check()
+        except Exception as error:  # whatever it is, the other ranks must not wait for this one
+            problem = error
+    failed = all_reduce(float(problem is not None), "max")
+    if problem is not None:
+        raise problem
+    if failed:
+        sys.exit(1)
+
+
 # --------------------------------------------------------------------------------------------------
 # Data workers
 

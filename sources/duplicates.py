@@ -10,6 +10,8 @@ from core.files import InputError, jsonl_rows
 from core.pairs import pair_from_row
 from sources.reading import BadPicture, check_picture, find_images_or_video, table_rows
 
+SWAPPED = "#swapped"  # ends the id of a pair in its second order (annotate.py --both_orders)
+
 
 def usable_pairs(collected, benchmarks, dropped):
     """([pair], {source: what became of its rows}); a line in dropped.jsonl for every other row."""
@@ -47,8 +49,13 @@ def reason_to_leave_out(keys, benchmarks, seen_before):
 
 
 def free_id(pair_id, taken):
-    """The id, or with #2, #3, ... if it is taken."""
-    if pair_id not in taken:
+    """
+    The id, or with #2, #3, ... if it is taken, or if it ends like that of a swapped pair.
+
+    >>> free_id("a", {}), free_id("a", {"a"}), free_id("a#swapped", {"a"})
+    ('a', 'a#2', 'a#swapped#2')
+    """
+    if pair_id not in taken and not pair_id.endswith(SWAPPED):
         return pair_id
     for number in count(2):
         numbered = f"{pair_id}#{number}"

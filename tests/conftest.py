@@ -9,8 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -120,6 +122,48 @@ def stand_in():
     """start(flags) -> the stand-in's server; all are closed at the end."""
     with contextlib.ExitStack() as started:
         yield lambda *words: started.enter_context(annotator(*words))
+
+
+class QuietServer(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_):
+        """A client that gave up is no news."""
+
+
+@contextlib.contextmanager
+def http_server(respond):
+    """The URL of a server on which respond(handler, request) answers each chat request."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            respond(self, request)
+
+        def log_message(self, *_):
+            pass
+
+    with QuietServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+        server.shutdown()
+
+
+def send(handler, body, status=200, **headers):
+    """A whole response; header names are written with _ for -."""
+    if not isinstance(body, bytes):
+        body = json.dumps(body).encode()
+    handler.send_response(status)
+    for name, value in ({"Content_Length": len(body)} | headers).items():
+        handler.send_header(name.replace("_", "-"), str(value))
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def completion(text, **more):
+    """What a chat completion is, as far as anything here reads it."""
+    choice = {"index": 0, "finish_reason": "stop", "message": {"content": text}}
+    return {"choices": [choice | more]}
 
 
 def unused_port():

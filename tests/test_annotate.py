@@ -20,6 +20,7 @@ import pytest
 from conftest import annotator, png, read_rows, vllm_server, write_rows
 
 import annotate
+from core import replies
 from core.files import InputError
 from core.pairs import CRITIQUE_PROMPT, read_pairs, swap
 from stable_reinforce import parse
@@ -192,7 +193,7 @@ def test_critiques_of_single_responses(tmp_path):
 
 def test_a_critique_is_of_the_next_response():
     pair = annotate.pairs.Pair("x", "toy", "Q", [], None, responses=["a", "b"], choice=1)
-    verdict = annotate.Verdict(choice=None, offset=0)
+    verdict = replies.Verdict(choice=None, offset=0)
     (turn,) = annotate.next_request(pair, [verdict], "critique")
     assert turn["content"][-1]["text"] == CRITIQUE_PROMPT.format(question="Q", answer="b")
     assert annotate.next_request(pair, [verdict] * 2, "critique") is None
@@ -467,7 +468,7 @@ def test_the_journal_of_another_mix_is_refused(finished, tmp_path):
 def test_a_row_of_the_journal_that_is_no_reply_is_named(tmp_path, row):
     path = write_rows(tmp_path / "journal.jsonl", [{}, row])
     with annotate.files.Journal(path) as journal, pytest.raises(InputError) as error:
-        annotate.Replies(journal, {})
+        replies.Replies(journal, {}, most=3)
     message = f"line 2: {json.dumps(row)} is not a reply; expected an object with id"
     assert message in str(error.value)
 

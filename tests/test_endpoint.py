@@ -49,7 +49,7 @@ def test_a_reply_has_text_finish_and_tokens(stand_in):
 def test_no_call_is_lost_when_a_third_of_them_fail(stand_in):
     words = [word for fault in FAULTS for word in (f"--p_{fault}", 0.04)]
     it = stand_in(*words, "--hang", 20, "--retry_after", 0.2)
-    endpoint = Endpoint(it.url, timeout=1)
+    endpoint = Endpoint(it.url, timeout=4)
     replies = ask_all(endpoint, 200)
     assert [reply.text for reply in replies] == ["yes"] * 200
     assert all(it.stats["faults"][fault] for fault in FAULTS)
@@ -76,7 +76,7 @@ def test_a_server_that_always_fails_is_no_reply_and_not_a_refusal(stand_in, faul
 def test_a_server_that_hangs_or_is_not_there_is_no_reply(stand_in):
     hanging = Endpoint(stand_in("--p_hang", 1).url, timeout=0.2, retries=0)
     absent = Endpoint(f"http://127.0.0.1:{unused_port()}/v1", retries=0)
-    for endpoint, error in ((hanging, "APITimeoutError"), (absent, "APIConnectionError")):
+    for endpoint, error in ((hanging, "no reply within 0.2 s"), (absent, "ConnectError")):
         (failure,) = ask_all(endpoint, 1)
         assert error in failure.reason and not failure.refused
 

@@ -1,15 +1,16 @@
 """judge.py over real HTTP: servers that fail, hang or lie, and the judges of C.11."""
 
+import contextlib
 import json
 import random
+import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import unused_port, vllm_server
+from conftest import completion, http_server, send, unused_port, vllm_server
+from stand_in_client import wait_until
 
 from core.pairs import InputError
 from judge import ConsistencyJudge, JudgeDead, judge_question, main, parser, rule
@@ -34,41 +35,20 @@ def judgements(count):
     ]
 
 
-class QuietServer(ThreadingHTTPServer):
-    def handle_error(self, *_):
-        """A client that gave up is no news."""
-
-
 @pytest.fixture
 def answering():
     """start(reply, seconds, status) -> URL of a server whose completions are reply(question)."""
-    started = []
+    with contextlib.ExitStack() as started:
 
-    def start(reply, seconds=0.0, status=200):
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        def start(reply, seconds=0.0, status=200):
+            def respond(handler, request):
                 time.sleep(seconds)
-                message = {"content": reply(request["messages"][-1]["content"])}
-                choice = {"index": 0, "finish_reason": "stop", "message": message}
-                body = json.dumps({"choices": [choice]}).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
+                text = reply(request["messages"][-1]["content"])
+                send(handler, completion(text), status)
 
-            def log_message(self, *_):
-                pass
+            return started.enter_context(http_server(respond))
 
-        http = QuietServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=http.serve_forever, daemon=True).start()
-        started.append(http)
-        return f"http://127.0.0.1:{http.server_port}/v1"
-
-    yield start
-    for http in started:
-        http.shutdown()
-        http.server_close()
+        yield start
 
 
 # ------------------------------------------------------------------------------------------------
@@ -134,7 +114,9 @@ def test_every_fault_is_waited_out(stand_in):
 def test_a_judge_that_is_not_there_is_dead_after_its_patience():
     judge = make_judge("--judge_url", f"http://127.0.0.1:{unused_port()}/v1", "--judge_patience", 2)
     start = time.monotonic()
-    with pytest.raises(JudgeDead, match=r"no reply for 2 s \(--judge_patience\). Is the server up"):
+    with pytest.raises(
+        JudgeDead, match=r"no reply for 2 s \(--judge_patience\); the last failure: Conn"
+    ):
         judge.consistency([CONSISTENT])
     assert 2 <= time.monotonic() - start < 10
 
@@ -158,6 +140,54 @@ def test_one_question_that_fails_is_none_and_costs_no_other(answering):
     judge = make_judge("--judge_url", url, *words)
     assert judge.consistency(judgements(40)) == [1, 1, 1, None] + [1] * 36
     assert judge.counts["failed"] == 1
+
+
+def test_a_stuck_question_is_one_unanswered_question(answering):
+    """Nothing comes for longer than the patience, but the judge answers an easy question."""
+
+    def reply(question):
+        if "Case 3." in question:
+            time.sleep(60)
+        return "yes"
+
+    words = ["--judge_timeout", 1, "--judge_retries", 1, "--judge_patience", 0.5]
+    judge = make_judge("--judge_url", answering(reply), *words)
+    assert judge.consistency(judgements(5)) == [1, 1, 1, None, 1]
+    assert judge.counts["failed"] == 1
+
+
+def test_a_judge_that_answers_only_the_easy_question_stops_the_run(answering):
+    def reply(question):
+        if "Case" in question:
+            raise BrokenPipeError
+        return "yes"
+
+    judge = make_judge("--judge_url", answering(reply), "--judge_retries", 0)
+    with pytest.raises(JudgeDead, match="none of 9 questions was answered; the last failure: no"):
+        judge.consistency(judgements(9))
+
+
+def test_a_dead_judge_says_what_failed(answering):
+    url = answering(lambda _: "out of memory", status=500)
+    judge = make_judge("--judge_url", url, "--judge_patience", 0.5)
+    with pytest.raises(JudgeDead, match=r"last failure: status 500: .*out of memory"):
+        judge.consistency([CONSISTENT])
+
+
+def test_one_question_at_the_start_shows_whether_the_judge_can_be_asked(answering):
+    asked = []
+    judge = make_judge("--judge_url", answering(lambda question: asked.append(question) or "yes"))
+    judge.check()
+    assert len(asked) == 1
+    assert set(judge.counts.values()) == {0}
+    for status in (401, 404):
+        url = answering(lambda _: "no", status=status)
+        with pytest.raises(InputError, match=f"status {status}.*check OPENAI_API_KEY"):
+            make_judge("--judge_url", url).check()
+    url = answering(lambda _: "max_tokens is too large", status=400)
+    with pytest.raises(InputError, match=r"refuses even an easy question: status 400.*max_tokens"):
+        make_judge("--judge_url", url).check()
+    make_judge("--judge", "rule").check()  # asks nobody
 
 
 def test_a_wrong_model_name_stops_at_once(answering):
@@ -221,6 +251,38 @@ def test_the_script_scores_a_file(tmp_path, monkeypatch, capsys):
     assert "agreement with the labels: 1 of 2" in printed
     scored = [json.loads(line) for line in out.read_text().splitlines()]
     assert scored == [row | {"consistency": answer} for row, answer in zip(rows, [1, 0, None])]
+
+
+@pytest.mark.slow
+def test_the_script_killed_in_the_middle_keeps_every_answer(tmp_path, stand_in):
+    """Only the calls under way are made again, and a finished file costs no call."""
+    it = stand_in("--latency", 0.1)
+    data, out = tmp_path / "data.jsonl", tmp_path / "scored.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in judgements(200)))
+    words = ["--judge_url", it.url, "--data", data, "--out", out, "--judge_concurrency", 4]
+    words = [sys.executable, ROOT / "judge.py", *words]
+    process = subprocess.Popen(list(map(str, words)))
+    wait_until(lambda: it.stats["answered"] >= 40)
+    process.kill()
+    process.wait()
+    assert not out.exists()
+    for _ in range(2):
+        subprocess.run(list(map(str, words)), check=True, capture_output=True)
+        answers = [json.loads(line)["consistency"] for line in out.read_text().splitlines()]
+        assert answers == [1, 0] * 100
+        assert 200 <= it.stats["answered"] <= 204
+
+
+@pytest.mark.parametrize("row", [3, {"question": 1, "answer": 1}, {"question": "a", "answer": 2}])
+def test_a_line_that_is_no_kept_answer_is_named(tmp_path, monkeypatch, stand_in, row):
+    data, out = tmp_path / "data.jsonl", tmp_path / "scored.jsonl"
+    data.write_text(json.dumps({"text": CONSISTENT}) + "\n")
+    words = ["--judge_url", stand_in().url, "--data", data, "--out", out]
+    run_script(monkeypatch, *words)
+    with open(f"{out}.journal", "a") as journal:
+        journal.write(json.dumps(row) + "\n")
+    with pytest.raises(InputError, match="line 3: expected a question and its answer"):
+        run_script(monkeypatch, *words)
 
 
 @pytest.mark.parametrize(

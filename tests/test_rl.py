@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -425,13 +426,35 @@ def test_a_run_killed_and_resumed_is_the_unbroken_one(judge_folder, tmp_path):
     assert (whole / "curves.png").stat().st_size > 10_000
 
 
+def close_after_one_answer(judge):
+    while not judge.stats["answered"]:
+        time.sleep(0.05)
+    judge.close()
+
+
+@pytest.mark.slow
+def test_a_judge_that_cannot_be_asked_stops_all_ranks_before_the_first_rollout(
+    judge_folder, tmp_path
+):
+    with annotator() as judge:
+        wrong = judge.url + "/wrong"  # 404
+        words = ["--judge", "model", "--judge_url", wrong, "--out", tmp_path / "out"]
+        printed = run(judge_folder, *words, ranks=2, fails=True)
+    assert printed.count(f"rl.py: {wrong}: status 404") == 1
+    assert "check OPENAI_API_KEY, --judge_url and --judge_model" in printed
+    assert not (tmp_path / "out" / "log.jsonl").exists()
+
+
 @pytest.mark.slow
 def test_a_dead_judge_stops_the_run_with_a_checkpoint(judge_folder, tmp_path):
     """No reward is made up, and with a judge that replies the same command goes on."""
     out = tmp_path / "out"
     words = ["--engine", "hf", "--steps", 2, "--out", out]
     asking = [*words, "--judge", "model", "--judge_patience", 2, "--judge_retries", 1]
-    printed = run(judge_folder, *asking, "--judge_url", "http://127.0.0.1:9/v1", fails=True)
+    with annotator() as judge:
+        # it answers the question at the start, and dies before the first judgement is there
+        threading.Thread(target=close_after_one_answer, args=[judge], daemon=True).start()
+        printed = run(judge_folder, *asking, "--judge_url", judge.url, fails=True)
     assert "rl.py: stopped, with a checkpoint" in printed
     assert "no reply for 2 s" in printed
     assert os.listdir(out / "checkpoints") == ["step-000000"]
