@@ -150,7 +150,9 @@ class Parser(argparse.ArgumentParser):
         return words
 
     def _check_names(self, words):
-        known = [name for action in self._actions for name in action.option_strings]
+        known = []
+        for action in self._actions:
+            known += action.option_strings
         for word in words:
             name = word.partition("=")[0]
             if not name.startswith("--") or name == "--" or name in known or " " in name:

@@ -99,7 +99,12 @@ def bad_files(tmp_path_factory):
 
 # what a test does not name is as it should be; OUT is a new folder
 WHOLE = {
-    "annotate": {"--data": "pairs=own.jsonl", "--out": "OUT"},
+    "annotate": {
+        "--data": "pairs=own.jsonl",
+        "--out": "OUT",
+        "--base_url": "http://127.0.0.1:9/v1",  # nobody answers there
+        "--retries": "0",
+    },
     "sft": {"--data": "pairs.jsonl", "--out": "OUT", "--eval_n": "1"},
     "rl": {
         "--data": "pairs.jsonl",

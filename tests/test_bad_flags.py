@@ -153,6 +153,22 @@ evaluate      | --bench VL-RewardBench   | got 'VL-RewardBench'
 evaluate      | --bench pairs=           | got 'pairs='
 downstream    | --data MathVista=x.jsonl | MathVista=x.jsonl
 
+# --- servers
+annotate      | --base_url localhost:8000 | expected an address such as http://127.0.0.1:8000/v1
+annotate      | --base_url file:///etc/hosts | expected an address such as http://127.0.0.1:8000/v1
+annotate      | --base_url http://       | expected an address such as http://127.0.0.1:8000/v1
+annotate      | --base_url http://me:word@a/v1 | expected an address without user, password
+annotate      | --base_url http://a/v1?key=word | expected an address without user
+annotate      | --base_url http://a.example/v1 | OPENAI_API_KEY is not set
+evaluate      | --base_url ftp://a/v1    | expected an address such as http://127.0.0.1:8000/v1
+evaluate      | --base_url http://a:99999/v1 | expected an address such as http://127.0.0.1:8000/v1
+evaluate      | --base_url http://a.example/v1 | OPENAI_API_KEY is not set
+rl judge downstream | --judge_url 127.0.0.1 | expected an address such as http://127.0.0.1:8000/v1
+rl judge downstream | --judge_url http://x:word@a/v1 | expected an address without user, password
+judge         | --judge_url http://[::1  | expected an address such as http://127.0.0.1:8000/v1
+judge         | --judge_url http://a:0/v1 | expected an address such as http://127.0.0.1:8000/v1
+judge         | --judge model --judge_url http://a.example/v1 | OPENAI_API_KEY is not set, and
+
 # --- flags that cannot go together
 sft rl        | --min_pixels 500 --max_pixels 400 | --min_pixels is 500; expected at most
 rl downstream | --max_new_tokens 512 --context 512 | --max_new_tokens is 512; expected less than
