@@ -59,7 +59,7 @@ from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
 
-from core import files, flags, pairs
+from core import files, flags, pairs, pictures
 from core.endpoint import Endpoint, NoReply, to_openai
 from core.files import InputError
 from core.replies import Replies
@@ -113,7 +113,8 @@ def finished_mix(args, out):
     about = out / "mix.json"  # written last: if it is there, mix.jsonl is complete
     if not about.exists():
         return None
-    made = json.loads(about.read_text())
+    fields = {"made with": dict, "counts": dict}
+    made = files.read_object(about, fields, f"Remove it, and {out.name}/mix.jsonl is made again")
     files.check_same_settings(about, made["made with"], settings(args, MIX_FLAGS))
     return made["counts"]
 
@@ -475,6 +476,7 @@ def add_data_flags(add):
     files_help = "benchmarks; training pairs with their ids, texts or pictures are dropped (ours)"
     add("--decontaminate", nargs="+", default=[], metavar="FILE", help=files_help)
     add("--out", default="out/annotate", help="folder for everything that is written")
+    pictures.add_media_root_flag(add)
 
 
 def add_annotator_flags(add):
@@ -530,6 +532,7 @@ def main(words=None):
     orders = 2 if args.both_orders else 1
     total = orders * sum(outcomes.get("taken", 0) for outcomes in counts.values())
 
+    pictures.check_may_be_sent(pairs.iter_pairs(mixed), [path for _, path in args.data], args)
     journal_name, most = "journal.jsonl", ATTEMPTS
     if args.mode == "critique":
         journal_name, most = "journal-critique.jsonl", 2  # one of each response

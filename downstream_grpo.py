@@ -67,7 +67,7 @@ import torch
 import judge as judging
 import rl
 import toy.cpu
-from core import endpoint, flags, metrics, pairs, prompts, rl_flags, runs, training
+from core import endpoint, flags, metrics, pairs, pictures, prompts, rl_flags, runs, training
 from core.duels import Duel, duel, finished_answer, make_contest, score
 from core.encoding import load_processor
 from core.exact_match import exact
@@ -107,7 +107,7 @@ def image_file(image, out):
     if isinstance(image, bytes):
         try:
             image, _ = reading.store_picture(image, out / "images")
-        except reading.BadPicture as problem:
+        except pictures.BadPicture as problem:
             raise reading.Dropped(problem.reason) from None
     if image is None or not Path(image).is_file():
         raise reading.Dropped("missing image")
@@ -444,6 +444,7 @@ def add_reward_flags(add):
 
 
 def add_judge_flags(add):
+    pictures.add_media_root_flag(add)
     add(
         "--judge",
         choices=["model", "random", "exact"],
@@ -476,7 +477,11 @@ def main():
             f"--samples is {args.samples}; expected 2 or more answers to a prompt, to compare"
         )
     tasks = read_tasks(args.data, Path(args.out))
+    args.data_digest = pairs.digest_of(tasks)
     held_out = read_tasks(args.eval_data, Path(args.out), args.eval_n) if args.eval_data else []
+    if args.judge == "model":
+        data = [path for _, path in (*args.data, *args.eval_data)]
+        pictures.check_may_be_sent(chain(tasks, held_out), data, args)
     processor = load_processor(args.model, args.min_pixels, args.max_pixels)
     plan = prompts.make_plan(tasks, held_out, task_turns, processor, args, rank, world, device)
     reward_model = RewardModel(args, args.seed)

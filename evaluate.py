@@ -7,7 +7,9 @@ of samples (section 4, C.4-C.7, C.10). For Tables 3, 4, 8, 9 and 12 and Figure 3
 
 The better answer is shown first in half of the judgements and second in the other half, so a model
 that always says 1 scores 50 %. Each judgement is appended to a file as it comes: a killed run
-continues where it was, and every number is computed from that file, without a model.
+continues where it was, and every number is computed from that file, without a model. A row that
+the judge does not take (longer than --context, refused by the server) is left out of all numbers,
+and written to left_out.jsonl; beside the table stands how many were left out, and which.
 
 Differs from the paper's evaluation and from its released code:
 1) both orders (released: the better answer is always first); --orders chosen_first is that
@@ -49,12 +51,20 @@ import json
 import os
 from collections import Counter, defaultdict
 from datetime import timedelta
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
-from core import files, flags, judging, scoring
-from core.judgements import BenchmarkRow, Protocol, digest, judgements_file, read_judgements
+from core import files, flags, judging, pictures, scoring
+from core.judgements import (
+    BenchmarkRow,
+    Protocol,
+    digest,
+    judgements_file,
+    left_out_file,
+    read_judgements,
+    read_left_out,
+)
 from core.pairs import JUDGING_PROMPT
 from sources import BENCHMARKS, benchmark_rows, reading
 from viewer import pages, report
@@ -69,8 +79,14 @@ MADE_BY += ("early_stop", "seed")
 
 def read_rows(args):
     """{bench: rows}, from the benchmarks' files or, without --bench, what the run in --out kept."""
-    if not args.bench:
-        return read_kept_rows(args.out)
+    benches = read_benchmarks(args) if args.bench else read_kept_rows(args.out)
+    if args.base_url:
+        rows = chain.from_iterable(benches.values())
+        pictures.check_may_be_sent(rows, [path for _, path in args.bench], args)
+    return benches
+
+
+def read_benchmarks(args):
     benches = {}
     for name, path in args.bench:
         if name == "pairs":
@@ -89,8 +105,9 @@ def read_kept_rows(out):
             f"{kept}: no such file, so there was no run; give --bench, or the --out of a run"
         )
     benches = defaultdict(list)
-    for _, row in files.jsonl_rows(kept):
-        benches[row["bench"]].append(BenchmarkRow.from_json(row))
+    for where, line in files.jsonl_rows(kept):
+        row = BenchmarkRow.from_json(line, where)
+        benches[row.bench].append(row)
     return benches
 
 
@@ -151,7 +168,7 @@ def check_or_write_config(args, benches, done, rank=0):
         kept_rows += [row.to_json() for row in rows]
     path = Path(args.out, "config.json")
     if path.is_file() and done:
-        before = json.loads(path.read_text())
+        before = read_config(path)
         settings_before = comparable_settings(before, config["rows"])
         files.check_same_settings(
             path, settings_before, comparable_settings(config, before["rows"])
@@ -160,6 +177,12 @@ def check_or_write_config(args, benches, done, rank=0):
     if rank == 0:
         write_json_lines(path, [config])
         write_json_lines(path.with_name("rows.jsonl"), kept_rows)
+
+
+def read_config(path):
+    fields = dict.fromkeys((*MADE_BY, "orders"), object)
+    fields |= {"prompt": str, "samples": int, "rows": dict}
+    return files.read_object(path, fields, "Restore it, or choose another --out")
 
 
 def comparable_settings(config, other_rows):
@@ -258,7 +281,8 @@ class Judge:
             )
             rows.append(row)
         done = {}
-        judging.collect(rows, self.backend, done, self.protocol)
+        for line in judging.collect(rows, self.backend, done, self.protocol).values():
+            raise files.InputError(f"pair {line['row']} cannot be judged: {line['reason']}")
         judgements = [[] for _ in rows]
         for key in sorted(done):
             judgements[done[key].row].append(done[key])
@@ -341,6 +365,7 @@ def parser():
     url_help = "an OpenAI-compatible server; without it: vLLM in this process"
     add("--base_url", type=flags.server_url, help=url_help)
     add("--scores", metavar="FILE", help="given rewards: JSON lines of bench, row, scores (two)")
+    pictures.add_media_root_flag(add)
     add("--concurrency", type=flags.whole(1), default=32, help="requests to a server at a time")
     add(
         "--context",
@@ -352,6 +377,12 @@ def parser():
     add_judgement_flags(p.add_argument_group("judgements").add_argument)
     add = p.add_argument_group("output").add_argument
     add("--out", required=True, help="folder; a run that was killed continues from what is there")
+    add(
+        "--retry_left_out",
+        action="store_true",
+        help="ask again for the rows of left_out.jsonl (too long for --context, refused by the "
+        "server); without it they are not asked for again",
+    )
     add("--score_only", action="store_true", help="run no model: score what is in --out")
     add(
         "--compare", metavar="OUT", help="another run: differences, intervals, p (paired bootstrap)"
@@ -431,7 +462,7 @@ def take_settings_of_run(args):
     path = Path(args.out, "config.json")
     if not path.is_file():
         return
-    config = json.loads(path.read_text())
+    config = read_config(path)
     for flag in MADE_BY:
         setattr(args, flag, config[flag])
     args.samples = args.samples or config["samples"]
@@ -445,12 +476,16 @@ def judge_missing(args, benches, rank, world):
     all_rows = []
     for rows in benches.values():
         all_rows += rows
-    own_rows = all_rows[rank::world]
+    left_out = {} if args.retry_left_out else read_left_out(args.out)
+    own_rows = [row for row in all_rows[rank::world] if row.key not in left_out]
     protocol = protocol_of(args)
     if any(protocol.next_jobs(row, done) for row in own_rows):
         # opened before the model is loaded: a folder that is in use is reported at once
-        with files.Journal(judgements_file(args.out, rank)) as journal:
-            judging.collect(own_rows, make_backend(args), done, protocol, journal)
+        journal = files.Journal(judgements_file(args.out, rank))
+        left_out_journal = files.Journal(left_out_file(args.out, rank))
+        with journal, left_out_journal:
+            backend = make_backend(args)
+            judging.collect(own_rows, backend, done, protocol, journal, left_out_journal)
 
 
 def wait_for_all_ranks(rank, world):
@@ -463,15 +498,22 @@ def wait_for_all_ranks(rank, world):
     store.wait([f"evaluated/{other}" for other in range(world)], timedelta(days=30))
 
 
-def score(benches, done, args):
+def score(benches, done, args, left_out):
     """({bench: its part of results.json}, {bench: scoring.Scores})."""
     results, scores = {}, {}
+    protocol = protocol_of(args)
     for bench, rows in benches.items():
         numbers, scores[bench] = scoring.score_benchmark(
-            rows, done, protocol_of(args), published_groups(bench)
+            rows, done, protocol, published_groups(bench)
         )
-        results[bench] = {"check": check_data(bench, rows)} | numbers
+        lines = [left_out[row.key] for row in rows if is_left_out(row, done, protocol, left_out)]
+        results[bench] = {"check": check_data(bench, rows), "left_out": lines} | numbers
     return results, scores
+
+
+def is_left_out(row, done, protocol, left_out):
+    """A row that was judged to the end after all, with --retry_left_out, is not."""
+    return row.key in left_out and bool(protocol.next_jobs(row, done))
 
 
 def compare_with(folder, results, scores, args):
@@ -481,7 +523,7 @@ def compare_with(folder, results, scores, args):
         orders = f"its orders are {their_args.orders}, this run's {args.orders}"
         raise files.InputError(f"--compare {folder}: {orders}; give a run in the same orders")
     benches = read_rows(their_args)
-    _, their_scores = score(benches, read_judgements(folder), their_args)
+    _, their_scores = score(benches, read_judgements(folder), their_args, {})
     for bench in their_scores:
         if bench in scores:
             compared = scoring.compare(scores[bench], their_scores[bench])
@@ -506,7 +548,7 @@ def run(args):
     done = read_judgements(out)
 
     # 3. scores
-    results, scores = score(benches, done, args)
+    results, scores = score(benches, done, args, read_left_out(out))
     if args.compare:
         compare_with(args.compare, results, scores, args)
 
@@ -526,12 +568,13 @@ def run(args):
         pages.write_blind_vote(out, benches, done, theirs, args.page, args.seed)
 
 
-def print_tally(out, files):
+def print_tally(out, votes):
     """Table 9."""
     key = Path(out, "ab_key.json")
     if not key.is_file():
         raise files.InputError(f"{key}: no such file; give the --out that --ab was run with")
-    for name, shares in pages.tally_votes(json.loads(key.read_text()), files).items():
+    sides = files.parse_json(key.read_bytes(), key, "a list of left and right")
+    for name, shares in pages.tally_votes(sides, votes).items():
         win, loss, tie, votes = shares
         print(f"{name}: win {win} %, loss {loss} %, tie {tie} % of {votes}")
 

@@ -512,6 +512,7 @@ def main():
     rl_flags.check_flags(args, world)
     train_pairs = pairs.read_pairs(args.data)
     pairs.check_pairs(args.data, train_pairs)
+    args.data_digest = pairs.digest_of(train_pairs)
     held_out = prompts.read_held_out(args.eval_data, args.eval_n)
     processor = encoding.load_processor(args.model, args.min_pixels, args.max_pixels)
     plan = prompts.make_plan(

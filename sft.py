@@ -49,10 +49,12 @@ from core.pairs import (
     Pair,
     check_pairs,
     critique_turns,
+    digest_of,
     judging_turns,
     read_pairs,
     user_turn,
 )
+from core.pictures import BadPicture
 from core.policy import load_policy
 from core.sampler import HFSampler
 from stable_reinforce import parse
@@ -122,9 +124,9 @@ class Examples(torch.utils.data.Dataset):
         pair = self.pairs[number]
         try:
             return encode_pair(pair, self.processor, self.head_kind, self.context)
-        except OSError as problem:
+        except BadPicture as problem:
             where = f"{self.path}, line {number + 1} ({pair.id})"
-            raise InputError(f"{where}: an image cannot be read: {problem}") from None
+            raise InputError(f"{where}: {problem}") from None
 
 
 def read_data(args):
@@ -413,6 +415,7 @@ def main():
     # 1. Ranks, pairs. A step's longest come first: every world-th of them is a rank's fair share.
     rank, world, device = training.start_ranks(args.seed)
     pairs, held_out, batches = read_data(args)
+    args.data_digest = digest_of(pairs)
     local_batches = [batch[rank::world] for batch in batches]
     steps = len(batches)
     warmup = round(args.warmup * steps)

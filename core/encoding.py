@@ -1,10 +1,18 @@
-"""Chat turns and pictures -> token ids -> batches. Ids are never turned into text and back."""
+"""
+Chat turns and pictures -> token ids -> batches. Ids are never turned into text and back.
 
+The names of special tokens in a question or a response ("<|im_end|>", "<|image_pad|>") are read as
+the characters that they are, in training as in vLLM. A server tokenizes itself, and decides itself.
+"""
+
+import re
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 
 from core.pairs import InputError
+from core.pictures import BadPicture, open_picture, opened, upright_size
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 VISION_INPUTS = (*PIXELS.values(), "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
@@ -92,7 +100,7 @@ def read_media(processor, turns):
     sized = []
     for turn in turns:
         if not isinstance(turn["content"], str):
-            content = [part | bounds[part["type"]] for part in turn["content"]]
+            content = [opened_part(part) | bounds[part["type"]] for part in turn["content"]]
             sized.append(turn | {"content": content})
     images, videos, _ = process_vision_info(
         sized,
@@ -106,6 +114,19 @@ def read_media(processor, turns):
     return Media(images, list(frames), list(metadata))
 
 
+def opened_part(part):
+    """A part of a turn with PIL images in the place of paths: qwen-vl-utils would fetch URLs."""
+    if part["type"] == "image":
+        return part | {"image": open_picture(part["image"])}
+    if part["type"] == "video":
+        frames = [open_picture(path) for path in part["video"]]
+        for path, frame in zip(part["video"], frames):
+            if frame.size != frames[0].size:
+                raise BadPicture(f"frames of {frames[0].size} and {frame.size} pixels", path)
+        return part | {"video": frames}
+    return part
+
+
 def pixel_bounds(picture_processor):
     size = picture_processor.size
     return {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
@@ -114,23 +135,67 @@ def pixel_bounds(picture_processor):
 def encode(processor, turns, response=None, media=None):
     """Encode chat turns and, if given, the assistant's response (a text) after them."""
     media = media or read_media(processor, turns)
-    text = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    prompt = render(processor, turns)
     options = {"do_resize": False}  # read_media has sized the pictures and chosen the frames
     if media.videos:
         options |= {"video_metadata": media.video_metadata, "do_sample_frames": False}
-    inputs = processor(text=[text], images=media.images, videos=media.videos, **options)
+    inputs = processor(text=[prompt.text], images=media.images, videos=media.videos, **options)
     vision = {name: inputs[name] for name in VISION_INPUTS if name in inputs}
     response_ids = []
     if response is not None:
-        tokenizer = processor.tokenizer
-        response_ids = tokenizer(response, add_special_tokens=False)["input_ids"]
-        response_ids.append(tokenizer.eos_token_id)
+        response_ids = text_ids(processor.tokenizer, response)
+        response_ids.append(processor.tokenizer.eos_token_id)
     return Sample(
-        prompt_ids=list(inputs["input_ids"][0]),
-        token_types=list(inputs["mm_token_type_ids"][0]),
+        prompt_ids=prompt.insert(list(inputs["input_ids"][0]), prompt.ids),
+        token_types=prompt.insert(list(inputs["mm_token_type_ids"][0]), [0] * len(prompt.ids)),
         vision={name: torch.as_tensor(values).numpy() for name, values in vision.items()},
         response_ids=response_ids,
     )
+
+
+@dataclass
+class RenderedPrompt:
+    """A prompt as the processor takes it. Texts that name special tokens are ids already."""
+
+    text: str
+    ids: list[int]  # to insert into the ids of the text
+    tokens_after: int  # of the text, behind the place of these ids
+
+    def insert(self, row, inserted):
+        place = len(row) - self.tokens_after
+        return row[:place] + inserted + row[place:]
+
+
+def render(processor, turns):
+    """Apply the chat template, so that only the template's own special tokens are read as such."""
+    texts = [part["text"] for turn in turns for part in turn["content"] if part["type"] == "text"]
+    apply = processor.apply_chat_template
+    if not any(starts_of_special_tokens(processor.tokenizer, text) for text in texts):
+        return RenderedPrompt(apply(turns, tokenize=False, add_generation_prompt=True), [], 0)
+    (turn,) = turns
+    *pictures, text = turn["content"]
+    marked = [turn | {"content": [*pictures, text | {"text": PLACE}]}]
+    before, after = apply(marked, tokenize=False, add_generation_prompt=True).split(PLACE)
+    tokens_after = len(processor.tokenizer(after)["input_ids"])  # it begins with a special token
+    return RenderedPrompt(before + after, text_ids(processor.tokenizer, text["text"]), tokens_after)
+
+
+PLACE = "\ue000"  # stands for a text in the chat template, which has no such character
+
+
+def text_ids(tokenizer, text):
+    """The ids of a text. The name of a special token is cut behind its first character."""
+    ends = [start + 1 for start in starts_of_special_tokens(tokenizer, text)]
+    pieces = [text[start:end] for start, end in zip([0, *ends], [*ends, None])]
+    return list(
+        chain(*(tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in pieces))
+    )
+
+
+def starts_of_special_tokens(tokenizer, text):
+    tokens = tokenizer.added_tokens_decoder.values()
+    names = "|".join(re.escape(token.content) for token in tokens if token.special)
+    return [match.start() for match in re.finditer(f"(?={names})", text)] if names else []
 
 
 def encode_prompt(processor, turns):
@@ -151,20 +216,24 @@ def prompt_length(processor, turns):
         parts += turn["content"]
     if any(part["type"] == "video" for part in parts):
         return encode(processor, turns).length
-    text = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    tokens = len(processor.tokenizer(text)["input_ids"])
+    tokens = len(prompt_ids(processor, turns))
     for part in parts:
         if part["type"] == "image":
             tokens += image_tokens(processor.image_processor, part["image"]) - 1  # text has one
     return tokens
 
 
+def prompt_ids(processor, turns):
+    """The ids of a prompt with one token for each picture, as vLLM takes it."""
+    prompt = render(processor, turns)
+    return prompt.insert(processor.tokenizer(prompt.text)["input_ids"], prompt.ids)
+
+
 def image_tokens(image_processor, path):
-    from PIL import Image
     from qwen_vl_utils import smart_resize
 
-    with Image.open(path) as image:
-        width, height = image.size
+    with opened(path) as image:
+        width, height = upright_size(image)
     side = image_processor.patch_size * image_processor.merge_size  # pixels that make one token
     height, width = smart_resize(height, width, side, **pixel_bounds(image_processor))
     return height * width // side**2

@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from core.files import InputError
+from core.pictures import is_plain, opened, upright_rgb
 
 LARGEST_BODY = 32 * 2**20  # bytes of a response; 32,000 tokens with 5 alternatives each are 20 MB
 LONGEST_TEXT = 2**20  # characters of a reply
@@ -343,28 +344,21 @@ def evenly_spaced(items, count):
 
 
 def data_url(path, max_pixels, quality=95):
-    """A picture's file as it is, or as a smaller JPEG if it is too large or of a rare kind."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            if image.format in ("PNG", "JPEG", "WEBP") and image.width * image.height <= max_pixels:
-                data, mime = Path(path).read_bytes(), Image.MIME[image.format]
-            else:
-                data, mime = _small_jpeg(image, max_pixels, quality), "image/jpeg"
-    except Exception as error:  # a damaged file raises OSError, SyntaxError, struct.error, ...
-        raise InputError(
-            f"{path} cannot be read as a picture any more ({error!r}); restore it and run again"
-        ) from None
+    """A picture's file as it is, or a JPEG if it is too large, of a rare kind or not upright."""
+    with opened(path) as image:
+        small = image.width * image.height <= max_pixels
+        if small and image.format in ("PNG", "JPEG", "WEBP") and is_plain(image):
+            data, mime = Path(path).read_bytes(), image.get_format_mimetype()
+        else:
+            data, mime = _small_jpeg(upright_rgb(image), max_pixels, quality), "image/jpeg"
     return f"data:{mime};base64,{base64.b64encode(data).decode()}"
 
 
 def _small_jpeg(image, max_pixels, quality):
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     scale = min(1, (max_pixels / (image.width * image.height)) ** 0.5)
-    upright = ImageOps.exif_transpose(image).convert("RGB")
-    size = [max(1, int(side * scale)) for side in upright.size]
+    size = [max(1, int(side * scale)) for side in image.size]
     file = io.BytesIO()
-    upright.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=quality)
+    image.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=quality)
     return file.getvalue()

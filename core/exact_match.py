@@ -2,6 +2,9 @@
 
 import re
 
+ANSWER = re.compile(r"<answer>(.*?)</answer>|\\boxed\{([^{}]*)\}", re.DOTALL)
+BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+
 
 def exact(text, answer):
     r"""
@@ -13,9 +16,11 @@ def exact(text, answer):
     >>> exact("Hence <answer>(B) two</answer>", "B")
     1.0
     """
-    marked = re.findall(r"<answer>(.*?)</answer>|\\boxed\{([^{}]*)\}", text, re.DOTALL)
+    # behind the last </answer>, a search for another one would go to the end from each <answer>
+    before, end, after = text.rpartition("</answer>")
+    marked = BOXED.findall(after) or ["".join(parts) for parts in ANSWER.findall(before + end)]
     if marked:
-        text = "".join(marked[-1])
+        text = marked[-1]
     given, truth = plain(text), plain(answer)
     option = re.match(r"\(?([a-j])(?:[).:]|$)", given)
     if option and re.fullmatch("[a-j]", truth):

@@ -35,6 +35,17 @@ def parse_json(text, where, expected="one JSON object on each line"):
         ) from None
 
 
+def read_object(path, fields, advice):
+    """The JSON object of a file, which has these {field: its type}."""
+    found = parse_json(Path(path).read_bytes(), path, "one JSON object")
+    for field, kind in fields.items():
+        is_there = isinstance(found, dict) and field in found
+        if not is_there or not isinstance(found[field], kind):
+            expected = f"an object with {', '.join(fields)}"
+            raise InputError(f"{path} is damaged at {field!r}; expected {expected}. {advice}")
+    return found
+
+
 def jsonl_rows(path):
     """(where, row) for each line of a JSONL file. `where` names file and line, for messages."""
     for _, where, row in _rows_with_offsets(path):

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, get_type_hints
 
-from core.pairs import InputError, Pair, row_from_pair
+from core.files import InputError, parse_json
+from core.pairs import Pair, encodable, pair_from_row, row_from_pair, shown
 from core.voting import STOP_AFTER, decide, trailing_run
 from stable_reinforce import parse
 
@@ -38,11 +39,39 @@ class BenchmarkRow(Pair):
         return row_from_pair(self) | place
 
     @classmethod
-    def from_json(cls, row):
-        names = {field.name for field in dataclasses.fields(cls)}
-        known = {name: value for name, value in row.items() if name in names}
-        extra = {name: value for name, value in row.items() if name not in names}
-        return cls(**known, extra=extra)
+    def from_pair(cls, pair, **place):
+        """A pair with its place in a benchmark: bench, row, groups, set."""
+        fields = {field.name: getattr(pair, field.name) for field in dataclasses.fields(Pair)}
+        return cls(**fields, **place)
+
+    @classmethod
+    def from_json(cls, row, where):
+        """The row that to_json() wrote; it may have an empty answer, which a pair may not."""
+        place = {name: row.get(name) for name in PLACE} if isinstance(row, dict) else {}
+        for name, value in place.items():
+            if not isinstance(value, PLACE[name]):
+                raise InputError(
+                    f"{where}: {name!r} is {shown(value)}; expected a {PLACE[name].__name__}"
+                )
+        pair = pair_from_row(row_without_empty_answers(row), where)
+        pair.responses = encodable(row["responses"])
+        pair.extra = {name: value for name, value in pair.extra.items() if name not in place}
+        return cls.from_pair(pair, **place)
+
+
+PLACE = {"bench": str, "row": int, "groups": dict, "set": str}  # of a row in its benchmark
+
+
+def row_without_empty_answers(row):
+    """A row of JSON in which an empty answer is "-", to check it as the row of a pair."""
+    responses = row.get("responses") if isinstance(row, dict) else None
+    if not isinstance(responses, list):
+        return row
+    return row | {"responses": ["-" if is_blank(text) else text for text in responses]}
+
+
+def is_blank(text):
+    return isinstance(text, str) and not text.strip()
 
 
 @dataclass
@@ -71,6 +100,12 @@ class Judgement:
         if self.choice is None or self.order == 0:
             return self.choice
         return 3 - self.choice
+
+
+class LeftOut(NamedTuple):
+    """What a backend yields in the place of judgements: this row can never be judged."""
+
+    reason: str
 
 
 class Job(NamedTuple):
@@ -179,28 +214,62 @@ def judgements_file(folder, rank=0):
 def read_judgements(folder):
     """{key: judgement} of a run. A last line without an end was cut off, or is being written."""
     done = {}
-    for path in sorted(Path(folder).glob("judgements*.jsonl")):
+    for where, line in _whole_lines(folder, "judgements*.jsonl"):
+        try:
+            judgement = _judgement_from_json(line)
+            if judgement.key in done:
+                raise ValueError(f"{judgement.key} is there already")
+        except ValueError as problem:
+            advice = "remove that line, and the judgement is made again"
+            raise InputError(f"{where}: {problem}; {advice}") from None
+        done[judgement.key] = judgement
+    return done
+
+
+def _whole_lines(folder, pattern):
+    """(where, line), without a half-written one at the end of a file."""
+    for path in sorted(Path(folder).glob(pattern)):
         whole_lines = path.read_bytes().split(b"\n")[:-1]
         for number, line in enumerate(whole_lines, 1):
-            try:
-                judgement = _judgement_from_json(line)
-                if judgement.key in done:
-                    raise ValueError(f"{judgement.key} is there already")
-            except ValueError as problem:
-                advice = "remove that line, and the judgement is made again"
-                raise InputError(f"{path}, line {number}: {problem}; {advice}") from None
-            done[judgement.key] = judgement
-    return done
+            yield f"{path}, line {number}", line
 
 
 def _judgement_from_json(line):
     try:
         row = json.loads(line)
         fields = {field: row[field] for field in JSON_TYPES}
-    except (ValueError, TypeError, KeyError) as problem:
+    except (ValueError, TypeError, KeyError, RecursionError) as problem:
         expected = f"expected an object with {', '.join(JSON_TYPES)}"
-        raise ValueError(f"not a judgement ({problem!r}); {expected}") from None
+        raise ValueError(f"not a judgement ({repr(problem)[:80]}); {expected}") from None
     for field, value in fields.items():
         if not isinstance(value, JSON_TYPES[field]):
-            raise ValueError(f"{field!r} is {value!r}")
+            raise ValueError(f"{field!r} is {repr(value)[:80]}")
     return Judgement(**fields)
+
+
+# --- the file of rows that are left out
+
+
+def left_out_file(folder, rank=0):
+    return Path(folder, f"left_out-{rank}.jsonl" if rank else "left_out.jsonl")
+
+
+def left_out_line(row, reason):
+    printable = "".join(letter if letter.isprintable() else " " for letter in reason)
+    reason = " ".join(printable.split())[:400]
+    return {"bench": row.bench, "row": row.row, "id": row.id[:200], "reason": reason}
+
+
+def read_left_out(folder):
+    """{(bench, row): its line} of a run."""
+    found = {}
+    for where, line in _whole_lines(folder, "left_out*.jsonl"):
+        row = parse_json(line, where)
+        names = ("bench", "row", "id", "reason")
+        if not isinstance(row, dict) or any(name not in row for name in names):
+            raise InputError(
+                f"{where}: expected an object with {', '.join(names)}; remove that line, and the "
+                "row is asked for again"
+            )
+        found[row["bench"], row["row"]] = row
+    return found

@@ -2,7 +2,7 @@
 What judges rows: vLLM in this process, an OpenAI-compatible server, reward heads, given rewards.
 
 A backend has answer(jobs): it takes jobs from a deque, which may grow meanwhile, and yields
-(job, its judgements) as they are finished.
+(job, its judgements) as they are finished, or (job, LeftOut) for a row that it cannot judge.
 """
 
 import asyncio
@@ -18,25 +18,31 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from core.encoding import collate, encode, encode_prompt, load_processor, read_media
+from core.encoding import collate, encode, encode_prompt, load_processor, prompt_ids, read_media
 from core.endpoint import Endpoint, NoReply, background_loop, to_openai
-from core.judgements import digest
+from core.judgements import LeftOut, digest, left_out_line
 from core.pairs import InputError, critique_turns, judging_turns, user_turn
+from core.pictures import BadPicture
 from core.sampler import HFSampler, start_vllm, vllm_media
 from core.training import micro_batches
 from stable_reinforce import parse
 
 PREPARED_JOBS = 64  # jobs whose images are read ahead for vLLM
 SAMPLES_IN_FLIGHT = 512  # vLLM runs 256 at a time
+MOST_REFUSED = 8  # requests that a server refuses before it has answered any
 MAX_FRAMES = 32  # of a video, sent to a server
 TOKENS_OF_A_BATCH = 16384  # of the reward heads, padding included
 ROWS_OF_A_BATCH = 64
 LARGEST_SCORE = 1e100  # of a reward in a file
 
 
-def collect(rows, backend, done, protocol, journal=None):
-    """Makes the judgements of the rows that are not in `done`, and appends them to the journal."""
+def collect(rows, backend, done, protocol, journal=None, left_out_journal=None):
+    """
+    Makes the judgements of the rows that are not in `done`, and appends them to the journal.
+    Returns {key of a row that is left out: the line about it}, which are appended to theirs.
+    """
     jobs = deque()
+    left_out = {}
     in_flight = Counter()  # samples of each row that were asked for and are not there yet
     progress = Progress()
 
@@ -50,16 +56,30 @@ def collect(rows, backend, done, protocol, journal=None):
     for row in rows:
         ask_for(row)
     for job, judgements in backend.answer(jobs):
+        row = job.row
+        if isinstance(judgements, LeftOut):
+            progress.total -= job.count
+            if row.key not in left_out:
+                left_out[row.key] = left_out_line(row, judgements.reason)
+                report_left_out(left_out[row.key], left_out_journal)
+            continue
         if journal is not None:
             journal.append([dataclasses.asdict(judgement) for judgement in judgements])
         for judgement in judgements:
             done[judgement.key] = judgement
-        in_flight[job.row.key] -= job.count
-        if in_flight[job.row.key] == 0:
-            ask_for(job.row)  # early stopping may want more
+        in_flight[row.key] -= job.count
+        if in_flight[row.key] == 0:
+            ask_for(row)  # early stopping may want more
         progress.add(judgements)
         if journal is not None:
             progress.print_now_and_then()
+    return left_out
+
+
+def report_left_out(line, journal):
+    if journal is not None:
+        journal.append([line])
+        print(f"{line['bench']} row {line['row']} is left out: {line['reason']}", flush=True)
 
 
 class Progress:
@@ -94,12 +114,14 @@ def verdict_index(text, tokens, decode=str):
     """The index of the token that is the verdict: the last digit before the last </answer>."""
     if parse(text).choice is None:
         return None
-    tail = ""
+    end = "</answer>"
+    tail, is_inside = "", False
     for index in reversed(range(len(tokens))):
         token = decode(tokens[index])
-        if "</answer>" in tail and token.strip() in ("1", "2"):
+        if is_inside and token.strip() in ("1", "2"):
             return index
-        tail = token + tail
+        tail = (token + tail)[: len(token) + len(end)]  # it may be split over tokens
+        is_inside = is_inside or end in tail
     return None
 
 
@@ -146,6 +168,8 @@ class VLLMBackend:
         self.engine = llm.llm_engine
 
     def answer(self, jobs):
+        from vllm.exceptions import VLLMClientError
+
         prepared = deque()  # (job, future of its request)
         in_flight = {}  # request id: job
         with ThreadPoolExecutor(4) as pool:
@@ -156,8 +180,12 @@ class VLLMBackend:
                 samples = sum(job.count for job in in_flight.values())
                 while prepared and samples < SAMPLES_IN_FLIGHT:
                     job, request = prepared.popleft()
-                    in_flight[self._send(job, request)] = job
-                    samples += job.count
+                    try:
+                        in_flight[self._send(job, request)] = job
+                    except (ValueError, VLLMClientError) as problem:
+                        yield job, LeftOut(f"{problem}")
+                    else:
+                        samples += job.count
                 for finished in self.engine.step():
                     job = in_flight.pop(finished.request_id)
                     completions = enumerate(finished.outputs)
@@ -169,9 +197,8 @@ class VLLMBackend:
         from vllm.sampling_params import RequestOutputKind
 
         turns = judging_turns(job.row, swapped=job.order == 1)
-        template = self.processor.apply_chat_template
-        prompt = {"prompt": template(turns, tokenize=False, add_generation_prompt=True)}
-        prompt |= vllm_media(read_media(self.processor, turns))
+        media = read_media(self.processor, turns)
+        prompt = {"prompt_token_ids": prompt_ids(self.processor, turns)} | vllm_media(media)
         sampling = SamplingParams(
             n=job.count,
             temperature=self.args.temperature,
@@ -186,11 +213,7 @@ class VLLMBackend:
     def _send(self, job, request):
         row = job.row
         request_id = f"{row.bench} row {row.row}, order {job.order}, sample {job.first}"
-        try:
-            self.engine.add_request(request_id, *request.result())
-        except (ValueError, OSError) as problem:
-            advice = "If the prompt is too long, raise --context"
-            raise InputError(f"{request_id}: {problem}. {advice}") from None
+        self.engine.add_request(request_id, *request.result())
         return request_id
 
     def _judgement(self, job, number, completion):
@@ -216,6 +239,8 @@ class EndpointBackend:
         self.server = Endpoint(args.base_url, timeout=600, retries=30)
         self.loop = background_loop()  # the caller, a notebook for example, may have one running
         self.logprob_fields = {"logprobs": True, "top_logprobs": 5}
+        self.has_replied = False
+        self.refused = 0  # jobs
 
     def answer(self, jobs):
         in_flight = {}  # future: job
@@ -226,10 +251,33 @@ class EndpointBackend:
                     future = asyncio.run_coroutine_threadsafe(self._judge(job), self.loop)
                     in_flight[future] = job
                 for future in wait(in_flight, return_when=FIRST_COMPLETED).done:
-                    yield in_flight.pop(future), future.result()
+                    yield in_flight.pop(future), self._result(future)
         finally:
             for future in in_flight:
                 future.cancel()
+
+    def _result(self, future):
+        try:
+            judgements = future.result()
+        except BadPicture as problem:
+            return LeftOut(str(problem))
+        except NoReply as failure:
+            if not failure.refused:
+                raise self._no_answer(failure.reason) from None
+            self.refused += 1
+            # once others have had replies, a request that is refused is this row's own fault
+            if self.refused == MOST_REFUSED and not self.has_replied:
+                more = f"{self.refused} requests were refused and none was answered, the last one: "
+                raise self._no_answer(more + failure.reason) from None
+            return LeftOut(failure.reason)
+        self.has_replied = True
+        return judgements
+
+    def _no_answer(self, reason):
+        return InputError(
+            f"--base_url {self.args.base_url}: {reason[:200]}; fix the cause and run again (with "
+            "--retry_left_out, if rows were left out)"
+        )
 
     async def _judge(self, job):
         turns = judging_turns(job.row, swapped=job.order == 1)
@@ -254,7 +302,7 @@ class EndpointBackend:
             if asked_for_logprobs and "logprobs" in failure.reason:
                 self.logprob_fields = {}  # the server has none
                 return await self._ask(turns, seed)
-            raise InputError(f"--base_url {self.args.base_url}: {failure.reason}") from None
+            raise
 
     def _judgement(self, job, number, reply):
         tokens = reply.tokens or []

@@ -1,8 +1,10 @@
 """The pair: two responses to one question, and which is better. Every stage reads or writes it."""
 
 import dataclasses
+import hashlib
 import json
 import os
+import sys
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -32,7 +34,7 @@ CRITIQUE_PROMPT = """You are a careful evaluator of a response that a Large Mult
 Write a short critique of the response: what of it is right, what is wrong or missing, and how helpful it is. Give no score."""  # noqa: E501
 
 
-@dataclass
+@dataclass(slots=True)  # there are 200,000 of them
 class Pair:
     id: str
     source: str  # the data set
@@ -44,19 +46,28 @@ class Pair:
     attempts: int | None = None  # the annotator's until it was right; 4: all three failed
     annotation: str | None = None  # the annotator's judgement that was right
     critiques: list[str] | None = None  # one for each response, for the critic of Table 5
-    extra: dict = field(default_factory=dict)  # other fields of the row, kept as they are
+    extra: dict = field(
+        default_factory=dict, repr=False
+    )  # other fields of the row, kept as they are
 
 
 # ------------------------------------------------------------------------------------------------
 # JSON rows
 
 
+MAX_TEXT = 1_000_000  # characters; no context holds more
+
+
 def is_string(value):
-    return isinstance(value, str)
+    return isinstance(value, str) and len(value) <= MAX_TEXT
+
+
+def is_path(value):
+    return is_string(value) and value != "" and "\0" not in value
 
 
 def is_path_list(value):
-    return isinstance(value, list) and all(is_string(path) and path for path in value)
+    return isinstance(value, list) and all(is_path(path) for path in value)
 
 
 def is_frame_list(value):
@@ -106,11 +117,37 @@ def pair_from_row(row, where):
                 continue
             raise InputError(f"{where} has no {name!r}; expected {expected}")
         if not is_valid(row[name]):
-            found = json.dumps(row[name], default=repr)[:200]
-            raise InputError(f"{where}: {name!r} is {found}; expected {expected}")
-    known = {name: row[name] for name in CHECKS if name in row}
+            raise InputError(f"{where}: {name!r} is {shown(row[name])}; expected {expected}")
+    known = {name: encodable(row[name]) for name in CHECKS if name in row}
+    known["source"] = sys.intern(known["source"])  # one text for all of its pairs
     extra = {name: value for name, value in row.items() if name not in CHECKS}
     return Pair(**known, extra=extra)
+
+
+def shown(value):
+    """A value of a file for a message: short, without control characters."""
+    if isinstance(value, str) and len(value) > MAX_TEXT:
+        return f"{len(value):,} characters long (at most {MAX_TEXT:,} are read)"
+    try:
+        text = json.dumps(value, default=repr)
+    except RecursionError:
+        return "a deeply nested value"
+    return text if len(text) <= 80 else text[:80] + "..."
+
+
+def encodable(value):
+    """
+    A text, or the texts of a list, without halves of surrogate pairs: no tokenizer, request or
+    screen can hold them.
+
+    >>> encodable("\\ud83d x"), encodable(["a", None]), encodable(1)
+    ('? x', ['a', None], 1)
+    """
+    if isinstance(value, list):
+        return [encodable(part) for part in value]
+    if not isinstance(value, str) or value.isascii():
+        return value
+    return value.encode(errors="replace").decode()
 
 
 def row_from_pair(pair):
@@ -124,11 +161,15 @@ def row_from_pair(pair):
 def iter_pairs(path):
     """The pairs of a JSONL file one by one. The paths in them are joined to its folder."""
     path = Path(path)
-    if not path.is_file():
+    if not path.is_file():  # told at once, not when the first pair is asked for
         found = "this is a folder" if path.is_dir() else "no such file"
         raise FileNotFoundError(
             f"{path}: {found}; expected a JSONL file of pairs, as annotate.py writes them"
         )
+    return _pairs_of(path)
+
+
+def _pairs_of(path):
     for where, row in jsonl_rows(path):
         pair = pair_from_row(row, where)
         pair.images = [os.path.join(path.parent, image) for image in pair.images]
@@ -140,6 +181,14 @@ def iter_pairs(path):
 def read_pairs(path, limit=None):
     """The pairs of a JSONL file, at most the first `limit`."""
     return list(islice(iter_pairs(path), limit))
+
+
+def digest_of(items):
+    """Of pairs or tasks: a run is not continued with others."""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(repr(item).encode(errors="replace"))
+    return digest.hexdigest()[:16]
 
 
 def write_pairs(path, pairs):

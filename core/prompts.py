@@ -13,6 +13,7 @@ import torch
 
 from core.encoding import encode_prompt, prompt_length
 from core.pairs import InputError, check_pairs, read_pairs, swap
+from core.pictures import BadPicture
 from core.runs import checkpoints
 from core.sampler import MAX_PICTURES
 from core.seeds import seed_from
@@ -101,8 +102,8 @@ def naming(item):
     """What cannot be read is reported with the id of its pair or task."""
     try:
         yield
-    except (OSError, ValueError, SyntaxError) as error:  # which one depends on PIL's decoder
-        raise InputError(f"{item.id}: an image cannot be read: {error}") from None
+    except BadPicture as error:
+        raise InputError(f"{item.id}: {error}") from None
 
 
 class PromptDataset(torch.utils.data.Dataset):

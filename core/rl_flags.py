@@ -11,6 +11,7 @@ from core.training import check_trainer_flags, trainer_flags
 GROUP_ALGORITHMS = ("grpo", "dr_grpo", "rloo", "dapo", "cispo")
 # flags that may change when a run is continued
 MUTABLE_FLAGS = TRAINER_MUTABLE_FLAGS | {
+    "media_root",
     "out",
     "steps",
     "passes",

@@ -72,6 +72,7 @@ def resume(folder, trainer, args, mutable_flags, **fresh):
     """
     folder = Path(folder)
     recipe = {flag: value for flag, value in vars(args).items() if flag not in mutable_flags}
+    recipe["data: digest of its content"] = recipe.pop("data_digest", None)
     step, state = 0, fresh | {"recipe": recipe}
     found = checkpoints(folder / "checkpoints")
     if found:

@@ -4,10 +4,10 @@ import os
 from pathlib import Path
 
 from core.files import InputError
-from core.judgements import BenchmarkRow
+from core.judgements import BenchmarkRow, row_without_empty_answers
 from core.pairs import iter_pairs, pair_from_row, row_from_pair
+from core.pictures import BadPicture
 from sources.reading import (
-    BadPicture,
     bad_row,
     find_file,
     frames_in,
@@ -26,7 +26,8 @@ def rows_of_pairs(path, group):
                 f"{', '.join(fields)}"
             )
         groups = {group: str(fields[group])}
-        yield BenchmarkRow(**vars(pair), bench="pairs", row=number, groups=groups, set=str(number))
+        place = {"bench": "pairs", "row": number, "groups": groups, "set": str(number)}
+        yield BenchmarkRow.from_pair(pair, **place)
 
 
 def rows_of_benchmark(data_set, path, out):
@@ -76,8 +77,7 @@ def find_path(folder, name):
 
 def check_row(row, where):
     """As a pair is checked, except that a benchmark may have an empty answer."""
-    responses = ["-" if not str(text).strip() else text for text in row.responses]
-    pair_from_row(row_from_pair(row) | {"responses": responses}, where)
+    pair_from_row(row_without_empty_answers(row_from_pair(row)), where)
 
 
 def check_pictures(rows, path):

@@ -9,7 +9,8 @@ from itertools import islice
 
 from core.files import InputError, atomic_write
 from core.pairs import Pair, row_from_pair
-from sources.reading import BadPicture, Dropped, FoundPair, read_records, store_picture
+from core.pictures import BadPicture
+from sources.reading import Dropped, FoundPair, read_records, store_picture
 
 
 def collect_source(data_set, path, file, images):

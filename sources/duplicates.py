@@ -8,7 +8,8 @@ from itertools import count
 
 from core.files import InputError, jsonl_rows
 from core.pairs import pair_from_row
-from sources.reading import BadPicture, check_picture, find_images_or_video, table_rows
+from core.pictures import BadPicture
+from sources.reading import check_picture, find_images_or_video, table_rows
 
 SWAPPED = "#swapped"  # ends the id of a pair in its second order (annotate.py --both_orders)
 

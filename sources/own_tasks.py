@@ -9,11 +9,12 @@ FIELDS = ["question", "answer"]
 
 
 def read_row(row, number, folder):
+    answer = row["answer"]
     images, _ = find_images_or_video(row | {"video": None}, folder)
     return Task(
         id=row.get("id", f"task-{number}"),
         source=NAME,
         question=row["question"],
-        answer=str(row["answer"]),
+        answer=str(answer) if isinstance(answer, (int, float)) else answer,
         images=images,
     )

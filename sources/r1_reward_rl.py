@@ -17,13 +17,8 @@ NAME = "R1-Reward-RL"
 FILES = ["data/*.parquet", "*.parquet", "*.jsonl"]
 FIELDS = ["message", "answer"]
 
-PROMPT = re.compile(
-    r"\[Question\]:(?P<question>.*?)(?:\n#+ *|; )"
-    r"\[Response 1\]:(?P<first>.*?)(?:\n#+ *|; )"
-    r"\[Response 2\]:(?P<second>.*?)"
-    r"(?:\n[#* ]*Output Format \(strictly follow\).*)?\Z",
-    re.DOTALL,
-)
+HEADINGS = [re.compile(rf"(?:\n#+ *|; )\[Response {number}\]:") for number in (1, 2)]
+OUTPUT_FORMAT = re.compile(r"\n[#* ]*Output Format \(strictly follow\)")
 
 
 def read_row(row, number, folder):
@@ -31,23 +26,36 @@ def read_row(row, number, folder):
     if isinstance(message, str):
         message = json.loads(message)
     parts = {part["type"]: part[part["type"]] for part in message[0]["content"]}
-    prompt = PROMPT.search(parts["text"])
+    prompt = cut_prompt(parts["text"])
     choice = parse("".join(row["answer"])).choice
     if prompt is None:
         raise Dropped("unknown layout")
     if choice is None:
         raise Dropped("no verdict")
-    better, worse = prompt["first"].strip(), prompt["second"].strip()
+    question, better, worse = (part.strip() for part in prompt)
     if choice == 2:
         better, worse = worse, better
     return FoundPair(
         id=f"R1-Reward-RL-{number}",
-        question=prompt["question"].strip(),
+        question=question,
         better=better,
         worse=worse,
         images=[picture(row, parts, folder)],
         source=NAME,
     )
+
+
+def cut_prompt(text):
+    """[question, response 1, response 2] of a judging prompt; None: it has another layout."""
+    rest = text.partition("[Question]:")[2]
+    parts = []
+    for heading in HEADINGS:
+        found = heading.search(rest)
+        if found is None:
+            return None
+        parts.append(rest[: found.start()])
+        rest = rest[found.end() :]
+    return [*parts, OUTPUT_FORMAT.split(rest, 1)[0]]
 
 
 def picture(row, parts, folder):

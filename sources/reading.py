@@ -1,7 +1,6 @@
 """What the data sets' readers share: records, tables of rows, pictures."""
 
 import hashlib
-import io
 import os
 import re
 import secrets
@@ -10,7 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from core.files import atomic_write, jsonl_rows, parse_json
-from core.pairs import InputError
+from core.pairs import MAX_TEXT, InputError, encodable, shown
+from core.pictures import opened, upright_rgb
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # what counts as a frame in a video's folder
 
@@ -29,9 +29,8 @@ class FoundPair:
 
     def __post_init__(self):
         self.id = encodable(str(self.id))
-        self.question = encodable(self.question)
-        self.better = encodable(self.better)
-        self.worse = encodable(self.worse)
+        for name in ("question", "better", "worse"):
+            setattr(self, name, "" if getattr(self, name) is None else text_of(self, name))
         better, worse = self.better.strip(), self.worse.strip()
         if not better or not worse:
             raise Dropped("empty answer", self.source)
@@ -57,6 +56,10 @@ class BenchmarkItem:
     video: str | None  # a folder of frames
     groups: dict[str, str]  # grouping -> the row's group: the columns of the benchmark's tables
 
+    def __post_init__(self):
+        self.question = encodable(self.question)
+        self.responses = encodable(self.responses)
+
 
 @dataclass
 class Task:
@@ -69,6 +72,11 @@ class Task:
     images: list  # as in FoundPair
     video: list | None = None  # as in FoundPair
 
+    def __post_init__(self):
+        self.id = encodable(str(self.id))
+        self.question = text_of(self, "question")
+        self.answer = text_of(self, "answer")
+
 
 class Dropped(Exception):
     """Raised for a row that makes no record."""
@@ -79,17 +87,14 @@ class Dropped(Exception):
         self.source = source  # where it is counted; None: under the data set's name
 
 
-class BadPicture(Exception):
-    """A picture that cannot be used, with the reason."""
-
-    def __init__(self, reason):
-        super().__init__(reason)
-        self.reason = reason
-
-
-def encodable(text):
-    """The text without halves of surrogate pairs, which no request can hold; "" for None."""
-    return "" if text is None else text.encode(errors="replace").decode()
+def text_of(record, name):
+    """A field that has to be a text, without halves of surrogate pairs."""
+    text = getattr(record, name)
+    if not isinstance(text, str):
+        raise TypeError(f"the {name} is {shown(text)}; expected a text")
+    if len(text) > MAX_TEXT:
+        raise Dropped(f"text above {MAX_TEXT:,} characters", getattr(record, "source", None))
+    return encodable(text)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -106,7 +111,7 @@ def read_records(data_set, path):
         except Dropped as dropped:
             record = dropped
             record.source = record.source or data_set.NAME
-        except (LookupError, TypeError, AttributeError, ValueError) as problem:
+        except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as problem:
             raise bad_row(data_set, where, problem) from None
         yield where, record
 
@@ -115,7 +120,7 @@ def bad_row(data_set, where, problem):
     """The error for a row that read_row() could not read."""
     file = data_set.__name__.replace(".", "/") + ".py"
     return InputError(
-        f"{where} does not read as a row of {data_set.NAME} ({problem!r}); see {file}"
+        f"{where} does not read as a row of {data_set.NAME} ({repr(problem)[:200]}); see {file}"
     )
 
 
@@ -278,23 +283,10 @@ def store_picture(picture, folder):
     return str(path), pixels
 
 
+@lru_cache(256)  # the pairs of one prompt follow each other in the sources
 def check_picture(picture):
     """(hash of the pixels, file format) of a path or bytes. BadPicture if it cannot be used."""
-    if isinstance(picture, str) and "://" in picture:
-        raise BadPicture("picture is a URL")
-    if picture is None or (isinstance(picture, str) and not os.path.isfile(picture)):
-        raise BadPicture("missing image")
-    try:
-        return decode(picture)
-    except Exception:  # what a damaged file raises is up to the decoder: OSError, SyntaxError, ...
-        raise BadPicture("unreadable image") from None
-
-
-@lru_cache(256)  # the pairs of one prompt follow each other in the sources
-def decode(picture):
-    from PIL import Image
-
-    with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
-        pixels = image.convert("RGB")  # decodes all of it: only so a file that was cut off is found
+    with opened(picture) as image:
+        pixels = upright_rgb(image)
         data = repr(pixels.size).encode() + pixels.tobytes()
         return hashlib.sha256(data).hexdigest()[:32], image.format

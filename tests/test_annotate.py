@@ -485,8 +485,21 @@ def test_a_picture_that_is_gone_when_it_is_to_be_sent(tmp_path):
     path = write_rows(tmp_path / "pairs.jsonl", own_rows(image="a.png"))
     mix([f"pairs={path}"], tmp_path / "out")
     (tmp_path / "a.png").unlink()
-    with pytest.raises(InputError, match=r"a\.png cannot be read as a picture any more"):
+    with pytest.raises(InputError, match=r"an image cannot be read: .*a\.png"):
         annotate_own(path, tmp_path / "out")
+
+
+def test_a_picture_outside_of_the_data_is_sent_only_if_its_folder_is_named(tmp_path):
+    (tmp_path / "private.png").write_bytes(png())
+    path = write_rows(tmp_path / "data/pairs.jsonl", own_rows(image="../private.png"))
+    with annotator() as server:
+        with pytest.raises(
+            InputError, match=r"private\.png', outside of the data's folder.*--media_root"
+        ):
+            annotate_own(path, tmp_path / "out", url=server.url)
+        assert not server.stats
+        annotate_own(path, tmp_path / "out", "--media_root", str(tmp_path), url=server.url)
+        assert server.stats
 
 
 # ------------------------------------------------------------------------------------------------

@@ -18,9 +18,11 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import png, write_rows
 from evaluation import (
     RLHF,
     VL,
+    JudgeByRule,
     always,
     args_of,
     bench_flags,
@@ -36,9 +38,9 @@ from evaluation import (
 import evaluate
 from core.encoding import collate, encode, encode_prompt, load_processor
 from core.files import InputError, Journal
-from core.judgements import Protocol, judgements_file, read_judgements
+from core.judgements import LeftOut, Protocol, judgements_file, read_judgements, read_left_out
 from core.judging import collect, seed_of, verdict_index
-from core.pairs import critique_turns, judging_turns, read_pairs, user_turn, write_pairs
+from core.pairs import Pair, critique_turns, judging_turns, read_pairs, user_turn, write_pairs
 from core.policy import load_policy, save_policy
 from core.sampler import HFSampler
 from sources import BENCHMARKS
@@ -162,6 +164,144 @@ def test_other_settings_are_refused_and_the_differences_listed(tmp_path):
     with pytest.raises(InputError, match="rows of pairs was"):
         check({"pairs": others}, done)
     check(benches, {}, "--temperature", 0.5)  # nothing was made before, so nothing is mixed
+
+
+def test_rows_of_a_folder_of_others_send_no_picture_of_this_disk(tmp_path):
+    """rows.jsonl that was doctored: pictures outside of --out, or behind a URL."""
+    (tmp_path / "private.png").write_bytes(png())
+    words = ("--out", tmp_path / "out", "--base_url", "http://127.0.0.1:9/v1")
+    for image, problem in (
+        (str(tmp_path / "private.png"), "outside of the data's folder"),
+        ("../private.png", "outside of the data's folder"),
+        ("http://127.0.0.1:9/a.png", "outside of the data's folder"),
+    ):
+        row = dataclasses.replace(make_row(0), images=[image])
+        write_rows(tmp_path / "out/rows.jsonl", [row.to_json()])
+        with pytest.raises(InputError, match=problem):
+            evaluate.read_rows(args_of(*words))
+    write_rows(tmp_path / "out/rows.jsonl", [row.to_json() | {"images": []}])
+    assert len(evaluate.read_rows(args_of(*words))["pairs"]) == 1
+
+
+# --- rows that no judge takes
+
+
+def refuse_row(number, reason="too long", order=None):
+    """A backend that is always right, except that it does not take one row, or order of it."""
+
+    class Judge(JudgeByRule):
+        def answer(self, jobs):
+            for job, judgements in super().answer(jobs):
+                refused = job.row.row == number and order in (None, job.order)
+                yield job, LeftOut(reason) if refused else judgements
+
+    return Judge(lambda row, order, sample: says(3 - row.choice if order else row.choice))
+
+
+def run_with(monkeypatch, backend, tmp_path, *words):
+    """(part of results.json, table.md) of a run over ten pairs, or of what is in --out."""
+    monkeypatch.setattr(evaluate, "make_backend", lambda args: backend)
+    path = tmp_path / "pairs.jsonl"
+    write_pairs(path, [Pair(f"id-{i}", "a", "Q?", [], None, ["x", "y"], 1) for i in range(10)])
+    flags = ["--samples", "2", "--out", str(tmp_path / "out"), *words]
+    if "--score_only" not in words:
+        flags += ["--bench", f"pairs={path}"]
+    evaluate.main(flags)
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    return results["benches"]["pairs"], (tmp_path / "out/table.md").read_text()
+
+
+@pytest.mark.parametrize("order", [None, 1])
+def test_a_row_that_is_not_taken_is_left_out_counted_and_named(
+    monkeypatch, tmp_path, order, capsys
+):
+    backend = refuse_row(3, "too\x1b\nlong", order)
+    result, table = run_with(monkeypatch, backend, tmp_path)
+    assert result["about"]["rows"] == 9 and value(result, "one sample") == 100
+    assert "## pairs: 9 of 10 rows" in table
+    assert "1 of 10 rows left out" in table and "- pairs row 3: too long" in table
+    assert "counted as wrong, one sample has 90.00 % overall" in table
+    assert result["left_out"] == [{"bench": "pairs", "row": 3, "id": "id-3", "reason": "too long"}]
+    assert "pairs row 3 is left out: too long" in capsys.readouterr().out
+    again, table_again = run_with(monkeypatch, None, tmp_path, "--score_only")
+    assert again == result and table_again == table
+
+
+def test_a_row_that_was_left_out_is_asked_for_again_only_if_the_user_says(monkeypatch, tmp_path):
+    first, _ = run_with(monkeypatch, refuse_row(3), tmp_path)
+    # a restart has nothing to ask for: no backend is needed
+    assert run_with(monkeypatch, None, tmp_path)[0] == first
+    retried, table = run_with(monkeypatch, refuse_row(None), tmp_path, "--retry_left_out")
+    assert retried["about"]["rows"] == 10 and retried["left_out"] == []
+    assert "left out: no judge" not in table and "## pairs: 10 rows" in table
+    # of what was asked before, nothing is asked again
+    assert len(read_judgements(tmp_path / "out")) == 20
+
+
+def test_a_line_of_left_out_rows_that_is_damaged_is_named(tmp_path):
+    (tmp_path / "left_out.jsonl").write_text("{}\n")
+    with pytest.raises(InputError, match=r"left_out\.jsonl, line 1: expected an object with bench"):
+        read_left_out(tmp_path)
+
+
+class RefusingHandler(http.server.BaseHTTPRequestHandler):
+    """Refuses every request, or those about row 1, with status 400."""
+
+    refuses_all = False
+
+    def do_POST(self):
+        request = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        refused = self.refuses_all or "too long" in request
+        message = {"content": "<think>a</think><answer>1</answer>"}
+        body = {"choices": [{"message": message, "finish_reason": "stop"}]}
+        if refused:
+            body = {"error": {"message": "maximum context length exceeded"}}
+        body = json.dumps(body).encode()
+        self.send_response(400 if refused else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def refusing(**fields):
+    handler = type("Handler", (RefusingHandler,), fields)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as it:
+        threading.Thread(target=it.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{it.server_port}/v1"
+        it.shutdown()
+
+
+def test_a_request_that_the_server_refuses_does_not_end_the_run():
+    rows = [make_row(i) for i in range(6)]
+    rows[1] = dataclasses.replace(rows[1], question="too long")
+    done = {}
+    with refusing() as url:
+        args = args_of("--base_url", url, "--samples", 2)
+        left_out = collect(rows, evaluate.make_backend(args), done, evaluate.protocol_of(args))
+    assert list(left_out) == [rows[1].key] and len(done) == 10
+    assert "maximum context length exceeded" in left_out[rows[1].key]["reason"]
+
+
+def test_a_server_that_refuses_everything_ends_the_run():
+    rows = [make_row(i) for i in range(20)]
+    with refusing(refuses_all=True) as url:
+        args = args_of("--base_url", url, "--samples", 2)
+        with pytest.raises(InputError, match="8 requests were refused and none was answered"):
+            collect(rows, evaluate.make_backend(args), {}, evaluate.protocol_of(args))
+
+
+def test_a_picture_that_was_damaged_meanwhile_leaves_out_its_row(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    rows = [make_row(0), dataclasses.replace(make_row(1), images=[str(tmp_path / "a.png")])]
+    done = {}
+    with refusing() as url:
+        args = args_of("--base_url", url, "--samples", 2)
+        left_out = collect(rows, evaluate.make_backend(args), done, evaluate.protocol_of(args))
+    assert list(left_out) == [rows[1].key] and len(done) == 2
 
 
 # --- a server
@@ -479,6 +619,8 @@ def test_vllm_judges_and_its_log_probabilities_are_transformers(judge_model, toy
     # another batch may differ in the last bits
     assert counts["same"] >= 126 and counts["early_differ"] <= 2
     assert 48 <= counts["early"] < 128
+    assert counts["left_out"] == ["long"] and counts["beside_it"] == 8
+    assert "maximum context length is 1024" in counts["reason"]
 
     judgements = read_judgements(tmp_path).values()
     verdicts = [judgement for judgement in judgements if judgement.choice]
@@ -502,7 +644,9 @@ def test_vllm_judges_and_its_log_probabilities_are_transformers(judge_model, toy
 @pytest.mark.parametrize("orders, warns", [("both", False), ("chosen_first", True)])
 def test_the_table_warns_if_the_better_answer_is_always_first(orders, warns):
     rows = [make_row(i) for i in range(4)]
-    result = {"check": []} | score(rows, greedy(orders) if warns else TWO, always(1))
+    result = {"check": [], "left_out": []} | score(
+        rows, greedy(orders) if warns else TWO, always(1)
+    )
     args = vars(args_of("--orders", orders, "--samples", 2))
     table = results_table({"args": args, "benches": {"pairs": result}})
     assert ("WARNING: the better answer is always shown first" in table) == warns
@@ -512,7 +656,7 @@ def test_the_table_warns_if_the_better_answer_is_always_first(orders, warns):
 def test_the_table_has_the_papers_rows_in_their_columns(toy, tmp_path):
     rows = toy_rows(toy, tmp_path, RLHF)[RLHF]
     published = BENCHMARKS[RLHF].PUBLISHED
-    result = {"check": []} | score(rows, TWO, always(1), published)
+    result = {"check": [], "left_out": []} | score(rows, TWO, always(1), published)
     results = {"args": vars(args_of("--samples", 2)), "benches": {RLHF: result}}
     lines = results_table(results).splitlines()
     head = next(line for line in lines if "| overall |" in line).split(" | ")

@@ -15,6 +15,7 @@ from core.pairs import (
     Pair,
     check_pairs,
     critique_turns,
+    digest_of,
     judging_turns,
     read_pairs,
     row_from_pair,
@@ -57,6 +58,7 @@ def test_pairs_survive_writing_and_reading(tmp_path):
     )
     write_pairs(path, [pair, pair])
     assert '"../a.png"' in path.read_text()  # the folder can be moved
+    pair.annotation = "\u2028 ? x"
     for back in read_pairs(path):
         back.images = [os.path.normpath(image) for image in back.images]
         back.video = [os.path.normpath(frame) for frame in back.video]
@@ -142,6 +144,47 @@ def test_a_missing_file_and_a_missing_picture_are_named(tmp_path):
         FileNotFoundError, match=r"p.jsonl, line 2 \(x\): .*gone.png does not exist"
     ):
         check_pairs("p.jsonl", [there, gone])
+
+
+def test_no_text_has_half_of_a_surrogate_pair(tmp_path):
+    half = "\ud83d x"
+    row = ROW | {"id": half, "question": half, "responses": [half, "b"], "annotation": half}
+    (pair,) = read_pairs(write_rows(tmp_path / "pairs.jsonl", row | {"critiques": [half, "c"]}))
+    for text in (pair.id, pair.question, *pair.responses, pair.annotation, *pair.critiques):
+        text.encode()
+    assert pair.question == "? x"
+
+
+@pytest.mark.parametrize("limit", [0, None])
+def test_a_missing_file_is_told_even_if_nothing_of_it_is_read(tmp_path, limit):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read_pairs(tmp_path / "none.jsonl", limit)
+
+
+@pytest.mark.parametrize(
+    "line, problem",
+    [
+        ('{"id": ' + "[" * 100_000, "line 1 is not JSON"),
+        (json.dumps(ROW | {"question": "x" * 10_000_000}), "10,000,000 characters long"),
+        (json.dumps(ROW | {"choice": "x" * 1000}), "'choice' is \"xxx"),
+        (json.dumps(ROW | {"images": ["a\0.png"]}), "'images' is"),
+    ],
+)
+def test_hostile_lines_are_refused_in_few_words(tmp_path, line, problem):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(InputError) as error:
+        read_pairs(path)
+    assert problem in str(error.value)
+    assert len(str(error.value)) - len(str(path)) < 300
+
+
+def test_the_digest_of_pairs_is_of_all_that_is_trained_on():
+    changes = [("question", "R"), ("responses", ["a", "c"]), ("choice", 2), ("annotation", "x")]
+    digests = {digest_of([PAIR]), digest_of([PAIR, PAIR])}
+    digests |= {digest_of([dataclasses.replace(PAIR, **{name: new})]) for name, new in changes}
+    assert len(digests) == 2 + len(changes)
+    assert digest_of([dataclasses.replace(PAIR)]) == digest_of([PAIR])
 
 
 def test_pictures_come_first_and_swapping_concerns_the_responses_alone():

@@ -14,8 +14,9 @@ from conftest import png, write_rows
 
 import sources
 from core.files import InputError
-from sources import TRAINING, collecting, reading
-from sources.reading import BadPicture, Dropped, FoundPair
+from core.pictures import BadPicture
+from sources import TASKS, TRAINING, collecting, r1_reward_rl, reading
+from sources.reading import Dropped, FoundPair
 from toy import server
 from toy import sources as toy_sources
 
@@ -269,7 +270,7 @@ GOOD = json.dumps({"prompt": "Q", "chosen": "a", "rejected": "b"}) + "\n"
             "pairs",
             "a.jsonl",
             b'{"prompt": 1, "chosen": "a", "rejected": "b"}\n',
-            "does not read as a row of pairs (AttributeError",
+            "the question is 1; expected a text",
         ),
         (
             "R1-Reward-RL",
@@ -377,3 +378,44 @@ def test_a_picture_that_cannot_be_used_has_a_reason(tmp_path, picture, reason):
     with contextlib.chdir(tmp_path), pytest.raises(BadPicture) as error:
         reading.store_picture(picture, tmp_path)
     assert error.value.reason == reason
+
+
+# --- hostile rows
+
+
+def test_a_judging_prompt_without_end_is_read_in_linear_time():
+    text = "[Question]: ; [Response 1]: " * 40_000
+    assert r1_reward_rl.cut_prompt(text) is None
+    assert r1_reward_rl.cut_prompt(
+        text + "\n## [Response 2]: b\n# Output Format (strictly follow)x"
+    )
+
+
+@pytest.mark.parametrize(
+    "field, value, problem",
+    [
+        ("question", 5, "the question is 5; expected a text"),
+        ("answer", ["a"], "expected a text"),
+        ("images", [5], "does not read as a row of tasks"),
+        ("image", {"path": "a"}, "does not read as a row of tasks"),
+    ],
+)
+def test_a_task_with_a_field_of_another_type_is_named(tmp_path, field, value, problem):
+    row = {"question": "Q", "answer": "a"} | {field: value}
+    path = write_rows(tmp_path / "tasks.jsonl", [row])
+    with pytest.raises(InputError, match=r"tasks\.jsonl, line 1") as error:
+        list(reading.read_records(TASKS["tasks"], path))
+    assert problem in str(error.value)
+
+
+def test_texts_of_tasks_and_benchmarks_have_no_half_surrogates(tmp_path):
+    path = write_rows(tmp_path / "tasks.jsonl", [{"question": "\ud83d", "answer": 5}])
+    ((_, task),) = reading.read_records(TASKS["tasks"], path)
+    assert (task.question, task.answer) == ("?", "5")
+    item = reading.BenchmarkItem("x", "\ud83d", ["\ud83d", "b"], 1, None, None, {})
+    assert (item.question, item.responses) == ("?", ["?", "b"])
+
+
+def test_a_text_above_a_million_characters_makes_no_pair():
+    with pytest.raises(Dropped, match="text above 1,000,000 characters"):
+        FoundPair("x", "Q", "a" * 1_000_001, "b", [], "toy")

@@ -16,9 +16,9 @@ from conftest import read_rows
 from PIL import Image
 
 from core.pairs import read_pairs
+from core.pictures import BadPicture
 from sources import BENCHMARKS, TRAINING
 from sources.reading import (
-    BadPicture,
     Dropped,
     check_picture,
     find_file,

@@ -9,7 +9,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from core.endpoint import data_url
-from core.files import InputError
+from core.files import InputError, read_object
+from core.pairs import shown
 from core.scoring import has_doubts
 from stable_reinforce import parse
 
@@ -134,11 +135,12 @@ def tally_votes(key, files):
 def read_votes(path, key):
     """{item: "win", "loss" or "tie" of our run}."""
     outcomes = {}
-    for item, side in json.loads(Path(path).read_text())["votes"].items():
+    votes = read_object(path, {"votes": dict}, "Give files saved from ab.html")["votes"]
+    for item, side in votes.items():
         known_item = item.isdecimal() and int(item) < len(key)
         if not known_item or side not in ("left", "right", "tie"):
             expected = f"left, right or tie, on items 0 to {len(key) - 1}, as ab.html saves them"
-            raise InputError(f"{path}: expected {expected}, got {item}: {side}")
+            raise InputError(f"{path}: expected {expected}, got {shown({item: side})}")
         if side == "tie":
             outcomes[item] = "tie"
         else:

@@ -20,6 +20,7 @@ def results_table(results):
         parts += [_heading(bench, result, args), ""]
         if args["orders"] == "chosen_first":
             parts += [ALWAYS_FIRST, ""]
+        parts += _left_out(result)
         if not result["lines"]:
             parts += ["No row has all its judgements yet.", ""]
             continue
@@ -32,8 +33,27 @@ def results_table(results):
 
 def _heading(bench, result, args):
     rows, samples = result["about"]["rows"], args["samples"]
+    missing = result["about"]["rows left out, not judged to the end"]
+    of_all = f" of {rows + missing}" if missing else ""
     made = f"{samples} judgements a row at temperature {args['temperature']:g}"
-    return f"## {bench}: {rows} rows, {made}, orders: {args['orders']}"
+    return f"## {bench}: {rows}{of_all} rows, {made}, orders: {args['orders']}"
+
+
+def _left_out(result):
+    """How many rows the numbers are not of, what they would do to the first of them, and which."""
+    lines = result["left_out"]
+    if not lines:
+        return []
+    judged = result["about"]["rows"]
+    total = judged + result["about"]["rows left out, not judged to the end"]
+    text = f"**WARNING: {len(lines)} of {total} rows left out: no judge took them.**"
+    if result["lines"]:
+        wrong = result["lines"]["one sample"]["overall"][0] * judged / total
+        text += f" With all {total - judged} rows without judgement counted as wrong, one sample "
+        text += f"has {wrong:.2f} % overall."
+    text += " --retry_left_out asks for them again. All of them are in left_out.jsonl:"
+    named = [f"- {line['bench']} row {line['row']}: {line['reason']}" for line in lines[:10]]
+    return [text, "", *named, ""]
 
 
 def _below(about):

@@ -1,8 +1,10 @@
 """
 vLLM in a process of its own: python judge_with_vllm.py MODEL PAIRS OUT. Judges all pairs, then a
-third of the judgements again, then with early stopping; writes OUT/counts.json.
+third of the judgements again, then with early stopping, then a prompt above --context; writes
+OUT/counts.json.
 """
 
+import dataclasses
 import json
 import sys
 
@@ -36,7 +38,14 @@ collect(rows, backend, again, protocol)
 early = {}
 collect(rows, backend, early, early_protocol)
 
+too_long = dataclasses.replace(rows[0], id="long", row=99, question="word " * 2000)
+beside_it = {}
+left_out = collect([too_long, rows[1]], backend, beside_it, protocol)
+
 counts = {
+    "left_out": [line["id"] for line in left_out.values()],
+    "reason": " ".join(line["reason"] for line in left_out.values()),
+    "beside_it": len(beside_it),
     "all": len(done),
     "kept": len(kept),
     "again": len(again),
