@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import NamedTuple, get_type_hints
 
 from core.files import InputError, parse_json
-from core.pairs import Pair, encodable, pair_from_row, row_from_pair, shown
+from core.pairs import (
+    Pair,
+    encodable,
+    is_int,
+    is_string,
+    pair_from_row,
+    row_from_pair,
+    shown,
+)
 from core.voting import STOP_AFTER, decide, trailing_run
 from stable_reinforce import parse
 
@@ -49,17 +57,25 @@ class BenchmarkRow(Pair):
         """The row that to_json() wrote; it may have an empty answer, which a pair may not."""
         place = {name: row.get(name) for name in PLACE} if isinstance(row, dict) else {}
         for name, value in place.items():
-            if not isinstance(value, PLACE[name]):
-                raise InputError(
-                    f"{where}: {name!r} is {shown(value)}; expected a {PLACE[name].__name__}"
-                )
+            expected, is_valid = PLACE[name]
+            if not is_valid(value):
+                raise InputError(f"{where}: {name!r} is {shown(value)}; expected {expected}")
         pair = pair_from_row(row_without_empty_answers(row), where)
         pair.responses = encodable(row["responses"])
         pair.extra = {name: value for name, value in pair.extra.items() if name not in place}
         return cls.from_pair(pair, **place)
 
 
-PLACE = {"bench": str, "row": int, "groups": dict, "set": str}  # of a row in its benchmark
+def is_groups(value):
+    return isinstance(value, dict) and all(is_string(group) for group in value.values())
+
+
+PLACE = {  # of a row in its benchmark: what is expected, the check
+    "bench": ("a string", is_string),
+    "row": ("a whole number", is_int),
+    "groups": ("an object of strings", is_groups),
+    "set": ("a string", is_string),
+}
 
 
 def row_without_empty_answers(row):

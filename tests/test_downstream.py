@@ -396,6 +396,9 @@ def test_a_task_without_an_answer_is_an_error(tmp_path):
         ("Top left.", "top left", 1),
         ("nan", "nan", 1),
         ("", "red", 0),
+        ("<answer>" * 200_000 + "B", "B", 0),  # a search from each of them would take hours
+        ("<answer>B</answer>" + "<answer>" * 200_000, "B", 1),
+        ("<answer>C</answer><answer> \\boxed{B}", "B", 1),
     ],
 )
 def test_exact_match(text, answer, right):

@@ -118,6 +118,11 @@ def test_the_verdicts_token_is_found_by_walking_back(close, verdict, tokenizer):
     assert verdict_index("no verdict", ["1", "</answer>"]) is None
 
 
+def test_the_verdicts_token_is_found_if_the_end_of_the_answer_is_split():
+    tokens = ["<answer>", "1", "</", "ans", "wer", ">", *"2 or 1, " * 30]
+    assert verdict_index("".join(tokens), tokens) == 1
+
+
 # --- the file of judgements
 
 
@@ -164,6 +169,43 @@ def test_other_settings_are_refused_and_the_differences_listed(tmp_path):
     with pytest.raises(InputError, match="rows of pairs was"):
         check({"pairs": others}, done)
     check(benches, {}, "--temperature", 0.5)  # nothing was made before, so nothing is mixed
+
+
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        ({"row": "0"}, "'row' is \"0\"; expected a whole number"),
+        ({"groups": None}, "'groups' is null"),
+        ({"groups": {"source": ["a"]}}, "'groups' is"),
+        ({"question": 5}, "'question' is 5"),
+        ({"images": "a.png"}, "'images' is"),
+        ({"choice": 3}, "'choice' is 3"),
+        ({"responses": 1}, "'responses' is 1"),
+    ],
+)
+def test_a_damaged_row_of_a_run_is_named(tmp_path, change, problem):
+    write_rows(tmp_path / "rows.jsonl", [make_row(0).to_json(), make_row(1).to_json() | change])
+    with pytest.raises(InputError) as error:
+        evaluate.read_rows(args_of("--out", tmp_path))
+    assert "rows.jsonl, line 2" in str(error.value) and problem in str(error.value)
+
+
+def test_rows_of_a_run_come_back_as_they_were(tmp_path):
+    rows = [
+        make_row(0),
+        dataclasses.replace(make_row(1), responses=["", "b"], extra={"family": "x"}),
+        dataclasses.replace(make_row(2), video=["a.png", "b.png"], attempts=2),
+    ]
+    write_rows(tmp_path / "rows.jsonl", [row.to_json() for row in rows])
+    assert evaluate.read_rows(args_of("--out", tmp_path)) == {"pairs": rows}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"rows": 1}'])
+def test_a_damaged_config_of_a_run_is_told(tmp_path, content):
+    write_rows(tmp_path / "rows.jsonl", [make_row(0).to_json()])
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(InputError, match=r"config\.json is (damaged|not JSON)"):
+        evaluate.main(["--score_only", "--out", str(tmp_path)])
 
 
 def test_rows_of_a_folder_of_others_send_no_picture_of_this_disk(tmp_path):

@@ -76,6 +76,9 @@ def test_another_run_is_refused(tmp_path, monkeypatch):
     runs.save_checkpoint(tmp_path / "checkpoints", IdleTrainer(), 1, state)
     with pytest.raises(InputError, match=r"lr was 0\.1, is now 0\.2.*choose another --out"):
         resume(tmp_path, lr=0.2)
+    changed = r"--data: digest of its content was None, is now 'b'"
+    with pytest.raises(InputError, match=changed):
+        resume(tmp_path, data_digest="b")
     with pytest.raises(InputError, match=r"parameters was 4, is now 9.*--model"):
         resume(tmp_path, IdleTrainer(width=8))
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
