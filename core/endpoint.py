@@ -53,14 +53,15 @@ class Endpoint:
     """
     An OpenAI-compatible server. Its key is OPENAI_API_KEY; one on this machine needs none.
 
-    A try takes at most `timeout` seconds in all, and what fails is sent again, `retries` times.
-    Plain HTTP without redirects, so that the key goes to no other server.
+    A try takes at most `timeout` seconds in all, and what fails is sent again, `retries` times: by
+    this class and not by OpenAI's client, which would wait without a word. Redirects are not
+    followed, so that the key goes to no other server.
     """
 
     def __init__(
         self, base_url, timeout=180, retries=12, url_flag="--base_url", model_flag="--model"
     ):
-        import httpx
+        import openai
 
         self.base_url = base_url
         self.url_flag = url_flag
@@ -71,14 +72,16 @@ class Endpoint:
         self.retried = Counter()  # what was sent again, by cause
         self.last_reply = time.monotonic()
         self.told = {}  # cause of a wait: when it was last printed
-        headers = {
-            "Authorization": f"Bearer {self.key or 'EMPTY'}",
-            "Content-Type": "application/json",
-            "Accept-Encoding": "identity",  # a few compressed bytes can become gigabytes
-        }
-        no_limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        self.client = httpx.AsyncClient(
-            headers=headers, timeout=None, limits=no_limits, follow_redirects=False
+        http_client = openai.DefaultAsyncHttpxClient(
+            timeout=None, follow_redirects=False, event_hooks={"response": [bound_size]}
+        )
+        self.client = openai.AsyncOpenAI(
+            base_url=base_url,
+            api_key=self.key or "EMPTY",
+            max_retries=0,
+            timeout=None,
+            default_headers={"Accept-Encoding": "identity"},
+            http_client=http_client,
         )
 
     async def ask(self, model, turns, **fields):
@@ -98,55 +101,45 @@ class Endpoint:
 
     async def ask_once(self, model, turns, **fields):
         """A Reply, or NoReply after a single try."""
-        import httpx
+        import openai
 
-        # ASCII: half of a surrogate pair in a text is sent as \ud800
-        request = json.dumps({"model": model, "messages": turns} | fields).encode()
         timer = asyncio.get_running_loop().call_later(SILENCE, self._tell_of_silence)
+        create = self.client.chat.completions.with_raw_response.create
         try:
             async with asyncio.timeout(self.timeout):
-                response, body = await self._post(request)
+                response = await create(model=model, messages=turns, extra_body=fields)
         except TimeoutError:
             raise NoReply(f"no reply within {self.timeout:g} s") from None
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise NoReply(type(error).__name__, self._quote(str(error))) from None
+        except openai.APIStatusError as error:
+            raise self._status_failure(error.response) from None
+        except openai.APIConnectionError as error:
+            cause = error.__cause__ or error
+            raise NoReply(type(cause).__name__, self._quote(str(cause))) from None
         finally:
             timer.cancel()
-        self._check_status(response, body)
+        body = response.http_response.content
         reply = parse_completion(body)
         if reply is None:
             raise NoReply("the reply was not a chat completion", self._quote(body))
         self.last_reply = time.monotonic()
         return reply
 
-    async def _post(self, request):
-        """(response, its body). A body that is too large is not read to its end."""
-        body = bytearray()
-        url = self.base_url.rstrip("/") + "/chat/completions"
-        async with self.client.stream("POST", url, content=request) as response:
-            async for part in response.aiter_raw():
-                body += part
-                if len(body) > LARGEST_BODY:
-                    raise NoReply(f"the reply was larger than {LARGEST_BODY // 2**20} MB")
-        return response, bytes(body)
-
-    def _check_status(self, response, body):
+    def _status_failure(self, response):
+        """What to raise for a status that is no success."""
         status = response.status_code
-        if 200 <= status < 300:
-            return
         failure = f"status {status}"
-        said = self._quote(error_message(body))
+        said = self._quote(error_message(response.content))
         if status < 400:
             target = self._quote(response.headers.get("location", ""))
-            raise InputError(
+            return InputError(
                 f"{self.base_url}: status {status}, a redirect to {target}. Redirects are not "
                 f"followed; give the final address in {self.url_flag}"
             )
         if status in (401, 403, 404):
-            raise InputError(f"{self.base_url}: {failure}: {said}; check {self.flags}")
+            return InputError(f"{self.base_url}: {failure}: {said}; check {self.flags}")
         if status < 500 and status not in (408, 409, 429):
-            raise NoReply(failure, said, refused=True)
-        raise NoReply(failure, said, retry_after=retry_after(response.headers.get("retry-after")))
+            return NoReply(failure, said, refused=True)
+        return NoReply(failure, said, retry_after=retry_after(response.headers.get("retry-after")))
 
     def _quote(self, text):
         """What a server sent, as the terminal may see it: one line, short, without the key."""
@@ -179,6 +172,30 @@ class Endpoint:
         self.told[cause] = now
         with tqdm.external_write_mode():  # a progress bar moves out of the way
             print(f"waiting for {self.base_url}: {cause}{plan}", flush=True)
+
+
+async def bound_size(response):
+    """A hook of OpenAI's HTTP client: no response takes more memory than LARGEST_BODY."""
+    import httpx2  # the HTTP library of OpenAI's client
+
+    encoding = response.headers.get("content-encoding", "identity")
+    if encoding != "identity":  # not asked for; a few of its bytes can become gigabytes
+        raise NoReply(f"the reply was compressed ({encoding[:20]!r})")
+    stream = response.stream
+
+    class BoundedStream(httpx2.AsyncByteStream):
+        async def __aiter__(self):
+            size = 0
+            async for part in stream:
+                size += len(part)
+                if size > LARGEST_BODY:
+                    raise NoReply(f"the reply was larger than {LARGEST_BODY // 2**20} MB")
+                yield part
+
+        async def aclose(self):
+            await stream.aclose()
+
+    response.stream = BoundedStream()
 
 
 def read_key(base_url):

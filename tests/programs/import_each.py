@@ -4,7 +4,7 @@ import importlib
 import sys
 
 HEAVY = {
-    *("transformers", "vllm", "deepspeed", "httpx", "PIL", "pyarrow", "qwen_vl_utils"),
+    *("transformers", "vllm", "deepspeed", "openai", "PIL", "pyarrow", "qwen_vl_utils"),
     *("matplotlib", "torchvision"),
 }
 
