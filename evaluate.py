@@ -574,6 +574,8 @@ def print_tally(out, votes):
     if not key.is_file():
         raise files.InputError(f"{key}: no such file; give the --out that --ab was run with")
     sides = files.parse_json(key.read_bytes(), key, "a list of left and right")
+    if not isinstance(sides, list) or any(side not in ("left", "right") for side in sides):
+        raise files.InputError(f"{key}: expected a list of left and right; run --ab again")
     for name, shares in pages.tally_votes(sides, votes).items():
         win, loss, tie, votes = shares
         print(f"{name}: win {win} %, loss {loss} %, tie {tie} % of {votes}")
