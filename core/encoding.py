@@ -11,7 +11,8 @@ from itertools import chain
 
 import torch
 
-from core.pairs import InputError
+from core.files import InputError, in_short
+from core.model_folder import load_config
 from core.pictures import BadPicture, open_picture, opened, upright_size
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
@@ -63,23 +64,16 @@ def load_processor(folder, min_pixels=None, max_pixels=None):
     Load the processor of a folder or a hub name. The bounds of a picture's size, where given,
     replace its own, and are saved with it: whoever loads the saved folder sees the same pictures.
     """
-    from transformers import AutoConfig, AutoProcessor
-    from transformers.models.auto import modeling_auto
+    from transformers import AutoProcessor
 
+    load_config(folder)  # a folder that is not whole is refused
     try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever a damaged file makes of it
         raise InputError(
-            f"--model {folder} is neither a folder with a model nor a model of the hub; run the "
-            f"stage that makes it first, or fix the path. {error}"
+            f"--model {folder}: its tokenizer or processor cannot be loaded ({in_short(error)}); "
+            "copy the folder again, or run the stage that makes it again"
         ) from None
-    known = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    if config.model_type not in known or not hasattr(config, "vision_config"):
-        raise InputError(
-            f"{folder} is a {config.model_type!r} model; expected one that reads images and text: "
-            "qwen2_5_vl, qwen2_vl or qwen3_vl"
-        )
-    processor = AutoProcessor.from_pretrained(folder)
     for part in (processor.image_processor, processor.video_processor):
         part.size = {
             "shortest_edge": min_pixels or part.size["shortest_edge"],

@@ -26,6 +26,47 @@ def atomic_write(path, suffix=".part"):
     os.replace(part, path)
 
 
+def fsync_tree(folder):
+    """Wait until everything in a folder is on the disk, names and contents."""
+    for path in sorted(Path(folder).rglob("*"), reverse=True):
+        fsync(path)
+    fsync(folder)
+
+
+def fsync(path):
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def lock(file, path):
+    """Keep other processes from `path` until `file` is closed or this process ends."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(
+            f"another run is writing to {path}; wait until it ends, or choose another --out"
+        ) from None
+
+
+def in_short(error):
+    """The first line of an error that a library raised, cut."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:160]
+
+
+def check_apart(out, model):
+    """A run must not write over the model that it reads."""
+    if Path(out).resolve() == Path(model).resolve():
+        raise InputError(
+            f"--out {out} is the folder of --model: the run would write over it; choose another "
+            "--out"
+        )
+
+
 def parse_json(text, where, expected="one JSON object on each line"):
     try:
         return json.loads(text)
@@ -76,12 +117,10 @@ class Journal:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = self.path.open("a+b")
         try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends
-        except BlockingIOError:
+            lock(self.file, path)
+        except InputError:
             self.file.close()
-            raise InputError(
-                f"another run is writing to {path}; wait until it ends, or choose another --out"
-            ) from None
+            raise
         self._cut_half_a_line()
 
     def __enter__(self):

@@ -2,8 +2,6 @@
 
 import contextlib
 import functools
-import os
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +9,8 @@ import torch
 import torch.distributed as dist
 
 from core.encoding import MODEL_INPUTS, PIXELS
+from core.files import InputError, in_short
+from core.model_folder import appears_whole, load_config
 
 # --------------------------------------------------------------------------------------------------
 # Log-probabilities of tokens
@@ -265,20 +265,16 @@ def load_policy(folder, head=None, dtype="auto", attn="sdpa", recompute=False, f
     Load a policy from a folder or a hub name. head "scalar" or "critic" starts a new reward head;
     a folder that has one brings its own.
     """
-    from safetensors.torch import load_file, safe_open
-    from transformers import AutoModelForImageTextToText
-
-    # Each rank loads all of it on the CPU, and ZeRO-3 partitions it afterwards: transformers' own
-    # loading under ZeRO-3 renames the keys of these models wrongly.
-    load = AutoModelForImageTextToText.from_pretrained
-    model = load(folder, dtype=dtype, attn_implementation=attn)
+    load_config(folder)  # a folder that is not whole is refused
+    model = load_model(folder, dtype, attn)
     stored = Path(folder, "reward_head", "head.safetensors")
+    head_weights = None
     if stored.is_file():
-        with safe_open(stored, "pt") as file:
-            head = file.metadata()["head"]
+        head, head_weights = load_head(stored)
     policy = Policy(model, head)
-    if stored.is_file():
-        policy.head.load_state_dict(load_file(stored))
+    if head_weights is not None:
+        check_tensors(stored, policy.head.state_dict().keys() - head_weights.keys())
+        policy.head.load_state_dict(head_weights)
     if policy.head is not None:
         policy.head.to(model.dtype)
     if freeze_vision:
@@ -288,26 +284,53 @@ def load_policy(folder, head=None, dtype="auto", attn="sdpa", recompute=False, f
     return policy
 
 
+def load_model(folder, dtype, attn):
+    """transformers' model with all of its weights; it would fill missing ones with random ones."""
+    from transformers import AutoModelForImageTextToText
+
+    # Each rank loads all of it on the CPU, and ZeRO-3 partitions it afterwards: transformers' own
+    # loading under ZeRO-3 renames the keys of these models wrongly.
+    load = AutoModelForImageTextToText.from_pretrained
+    try:
+        model, found = load(folder, dtype=dtype, attn_implementation=attn, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise InputError(f"--model {folder} cannot be loaded: {in_short(error)}") from None
+    check_tensors(f"--model {folder}", found["missing_keys"])
+    return model
+
+
+def load_head(path):
+    """Return the kind and the weights of a reward head."""
+    from safetensors.torch import load_file, safe_open
+
+    with safe_open(path, "pt") as file:
+        kind = (file.metadata() or {}).get("head")
+    if kind not in ("scalar", "critic"):
+        raise InputError(f"{path} does not say its kind of head; expected a folder of sft.py")
+    return kind, load_file(path)
+
+
+def check_tensors(where, missing):
+    if missing:
+        raise InputError(
+            f"{where} lacks {len(missing)} of its tensors, {min(missing)!r} the first; copy the "
+            "folder again, or run the stage that makes it again"
+        )
+
+
 def save_policy(policy, processor, folder, rank=0):
     """
     Write the folder that from_pretrained, vLLM and load_policy read. All ranks call it, rank 0
-    writes; each file appears whole or not at all.
+    writes; the model appears whole or not at all.
     """
     weights = gather_weights(policy.model, rank)
     head_weights = gather_weights(policy.head, rank) if policy.head is not None else {}
     if rank == 0:
-        part = Path(folder, "part")
-        shutil.rmtree(part, ignore_errors=True)
-        policy.model.save_pretrained(part, state_dict=weights)
-        processor.save_pretrained(part)
-        if policy.head is not None:
-            save_head(head_weights, policy.head_kind, part / "reward_head")
-        for file in sorted(part.rglob("*")):
-            if file.is_file():
-                target = Path(folder, file.relative_to(part))
-                target.parent.mkdir(exist_ok=True)
-                os.replace(file, target)
-        shutil.rmtree(part)
+        with appears_whole(folder) as part:
+            policy.model.save_pretrained(part, state_dict=weights)
+            processor.save_pretrained(part)
+            if policy.head is not None:
+                save_head(head_weights, policy.head_kind, part / "reward_head")
     if dist.is_initialized():
         dist.barrier()
 

@@ -227,6 +227,41 @@ def is_alive(pid):
     return found.stdout.strip("Z\n ") != ""
 
 
+def killed_at(number, folder, action):
+    """
+    Run action() in a process of its own that dies, as by SIGKILL, just before its number-th file
+    operation in `folder`. Return False if there were fewer.
+    """
+    pid = os.fork()
+    if pid == 0:
+        kill_this_process_at(number, folder)
+        try:
+            action()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code in (0, KILLED)
+    return code == KILLED
+
+
+KILLED = 9
+
+
+def kill_this_process_at(number, folder):
+    left = number
+
+    def hook(event, details):
+        nonlocal left
+        changes = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
+        if changes or (event == "open" and str(details[0]).startswith(str(folder))):
+            left -= 1
+            if left == 0:
+                os._exit(KILLED)
+
+    sys.addaudithook(hook)
+
+
 # ------------------------------------------------------------------------------------------------
 # Files
 
