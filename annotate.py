@@ -520,6 +520,7 @@ def main(words=None):
     args = parser().parse_args(words)
     endpoint = Endpoint(args.base_url, args.timeout, args.retries)
     out = Path(args.out)
+    files.check_apart(out, args.model)
     out.mkdir(parents=True, exist_ok=True)
     mixed = out / "mix.jsonl"
 

@@ -270,7 +270,7 @@ def wins_over(now, before, tasks, reward_model, save):
     for new, old, task in zip(now, before, tasks):
         if new != old and new is not None and old is not None:
             asked += [duel(task, new, old), duel(task, old, new)]
-    verdicts = rl.wait_or_stop(reward_model.submit(asked).result, save)
+    verdicts = training.wait_or_stop(reward_model.submit(asked).result, save)
     p = dict(zip(asked, verdicts))
     wins = []
     for new, old, task in zip(now, before, tasks):
@@ -472,6 +472,8 @@ def main():
     if device.type == "cpu":
         toy.cpu.speed_up_process()
     rl_flags.check_flags(args, world)
+    runs.open_out(args, rank)
+    runs.refuse_other_model(args.out)
     if args.samples < 2:
         raise pairs.InputError(
             f"--samples is {args.samples}; expected 2 or more answers to a prompt, to compare"
@@ -520,7 +522,7 @@ def train(run, plan, reward_model):
         clock("old_logps")
 
         # 4. rewards, when the reward model is done
-        contests = rl.wait_or_stop(partial(finish_contests, started), save)
+        contests = training.wait_or_stop(partial(finish_contests, started), save)
         found = [score(contest, args.pairs, args.exact_weight) for contest in contests]
         rewards = torch.cat([result.rewards for result in found])
         clock("judge")
@@ -534,14 +536,21 @@ def train(run, plan, reward_model):
 
         done = step + 1
         row = log_row(samples, contests, found, updates, reward_model, clock.seconds) | gaps
-        if plan.held_out and plan.is_due(done, args.eval_every):
-            row |= held_out_accuracy(run, plan.my_held_out, reward_model, state, save)
         write_rollouts(out / f"rollouts-{run.rank}.jsonl", done, contests, found)
+        if plan.held_out and plan.is_due(done, args.eval_every):
+            save = partial(save_taken_step, run, log, done, row, state)
+            row |= held_out_accuracy(run, plan.my_held_out, reward_model, state, save)
         log.row(done, **row)
         if plan.is_due(done, args.save_every):
             run.save(done, state)
 
     runs.finish_run(out, run.policy, run.processor, log, PANELS, run.rank)
+
+
+def save_taken_step(run, log, done, row, state):
+    """Where the reward model dies in the held-out figures, the step itself is complete."""
+    log.row(done, **row)
+    run.save(done, state)
 
 
 def no_checkpoint():

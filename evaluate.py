@@ -55,7 +55,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
-from core import files, flags, judging, pictures, scoring
+from core import files, flags, judging, pictures, scoring, training
 from core.judgements import (
     BenchmarkRow,
     Protocol,
@@ -533,6 +533,7 @@ def compare_with(folder, results, scores, args):
 def run(args):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     out = Path(args.out)
+    files.check_apart(out, args.model)
     out.mkdir(parents=True, exist_ok=True)
 
     # 1. rows
@@ -582,6 +583,7 @@ def print_tally(out, votes):
 
 
 def main(words=None):
+    training.die_with_torchrun()
     args = parser().parse_args(words)
     if args.tally:
         print_tally(args.out, args.tally)

@@ -215,19 +215,6 @@ def consistency_of(samples, judged, answers):
     return consistency
 
 
-def wait_or_stop(wait, save):
-    """wait(); if it fails on any rank, as with a dead judge, all write a checkpoint and stop."""
-    try:
-        found, error = wait(), None
-    except Exception as problem:  # whatever it is, the other ranks must not wait for this one
-        found, error = None, problem
-    if training.all_reduce(float(error is not None), "max"):
-        save()
-        reason = error or "another rank has failed"
-        sys.exit(f"{Path(sys.argv[0]).name}: stopped, with a checkpoint: {reason}")
-    return found
-
-
 def total_rewards(parts, args):
     """Eq. 2, or by flag Eq. 1, of the parts of a reward: (B,)."""
     consistency = parts["consistency"].nan_to_num()  # not asked about: it does not count
@@ -510,6 +497,9 @@ def main():
     if device.type == "cpu":
         toy.cpu.speed_up_process()
     rl_flags.check_flags(args, world)
+    if not args.check:
+        runs.open_out(args, rank)
+        runs.refuse_other_model(args.out)
     train_pairs = pairs.read_pairs(args.data)
     pairs.check_pairs(args.data, train_pairs)
     args.data_digest = pairs.digest_of(train_pairs)
@@ -575,7 +565,7 @@ def train(run, plan, judge):
         clock("old_logps")
 
         # 5. rewards, when the judge is done
-        answers = wait_or_stop(pending.result, partial(run.save, step, state))
+        answers = training.wait_or_stop(pending.result, partial(run.save, step, state))
         parts["consistency"] = consistency_of(samples, judged, answers)
         rewards = total_rewards(parts, args)
         clock("judge")

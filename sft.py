@@ -141,7 +141,19 @@ def read_data(args):
     else:
         held_out = [pairs[i] for i in shuffled[: args.eval_n]]
         numbers = shuffled[args.eval_n :]
+    check_something_to_learn(args, pairs, numbers)
     return pairs, held_out, global_batches(pairs, numbers, args.batch, args.epochs, args.seed)
+
+
+def check_something_to_learn(args, pairs, numbers):
+    """A run that takes no step would save the model that it was given."""
+    if not pairs:
+        raise InputError(f"--data {args.data} is empty; expected JSON lines of pairs")
+    if not numbers:
+        raise InputError(
+            f"--data {args.data} has {len(pairs)} pairs, all held out by --eval_n {args.eval_n}; "
+            "use a smaller --eval_n, or --val"
+        )
 
 
 def global_batches(pairs, numbers, size, epochs, seed):
@@ -171,19 +183,11 @@ def characters(pair):
 
 def load_examples(args, pairs, local_batches, processor, head_kind):
     """Return an iterator over the examples of all local batches, which data workers read ahead."""
-    prefetch = None
-    if args.workers:  # two steps' worth, split among them
-        prefetch = 2 * args.batch // (dist.get_world_size() * args.workers) + 1
-    loader = torch.utils.data.DataLoader(
-        Examples(args.data, pairs, processor, head_kind, args.context),
-        batch_size=None,
-        sampler=list(chain.from_iterable(local_batches)),
-        collate_fn=training.identity,
-        num_workers=args.workers,
-        prefetch_factor=prefetch,
-        worker_init_fn=training.init_worker,
-    )
-    return iter(loader)
+    examples = Examples(args.data, pairs, processor, head_kind, args.context)
+    order = list(chain.from_iterable(local_batches))
+    # two steps' worth, split among the workers
+    ahead = 2 * args.batch // (dist.get_world_size() * max(1, args.workers)) + 1
+    return training.read_ahead(examples, order, args.workers, ahead)
 
 
 def sample_groups(examples):
@@ -205,6 +209,16 @@ def total_drops(counts):
     """Add up the ranks' counts of dropped pairs."""
     totals = training.all_reduce(list(counts.values()))
     return {reason: int(total) for reason, total in zip(counts, totals)}
+
+
+def check_something_learned(batches, drops, context):
+    """A run whose pairs were all dropped has trained nothing; the weights are those of --model."""
+    if sum(drops.values()) == sum(len(batch) for batch in batches):
+        reasons = ", ".join(f"{reason} {count}" for reason, count in drops.items() if count)
+        raise InputError(
+            f"all pairs were dropped ({reasons}), so nothing was trained and no model is saved; "
+            f"expected annotated pairs that fit into --context {context}"
+        )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -414,6 +428,9 @@ def main():
 
     # 1. Ranks, pairs. A step's longest come first: every world-th of them is a rank's fair share.
     rank, world, device = training.start_ranks(args.seed)
+    runs.open_out(args, rank)
+    if runs.is_finished(args, MUTABLE_FLAGS):
+        return end(out, rank, "this run is finished: its model is here")
     pairs, held_out, batches = read_data(args)
     args.data_digest = digest_of(pairs)
     local_batches = [batch[rank::world] for batch in batches]
@@ -430,8 +447,6 @@ def main():
     # 3. Continue where a killed run had got to
     no_drops = dict.fromkeys(DROPPED, 0)
     done, state = runs.resume(out, trainer, args, MUTABLE_FLAGS, dropped=no_drops)
-    if done == 0 and (out / "config.json").exists():
-        raise InputError(f"--out {out} already holds a model; choose another folder or remove it")
     log = runs.Log(out, runs.run_header(args, world, device), done, steps, args.tracker)
     upcoming = load_examples(args, pairs, local_batches[done:], processor, policy.head_kind)
     start = time.time()
@@ -463,11 +478,17 @@ def main():
             runs.save_checkpoint(out / "checkpoints", trainer, step, state)
 
     # 7. Save the model
-    runs.finish_run(out, policy, processor, log, PANELS, rank)
     dropped = total_drops(state["dropped"])
+    check_something_learned(batches, dropped, args.context)
+    runs.finish_run(out, policy, processor, log, PANELS, rank)
+    end(out, rank, f"pairs dropped: {dropped}")
+
+
+def end(out, rank, report):
+    """The model is saved: the checkpoints have done their work."""
     if rank == 0:
-        print(f"pairs dropped: {dropped}")
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        print(f"{out}: {report}")
     dist.destroy_process_group()
 
 

@@ -6,9 +6,11 @@ import difflib
 import errno
 import json
 import math
+import os
 import re
 import shlex
 import sys
+import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -221,11 +223,18 @@ def run_stage(script_name, main, if_stopped="the same command continues from her
     try:
         return main()
     except InputError as error:
-        sys.exit(one_line(f"{script_name}: {error}"))
+        message = str(error)
     except OSError as error:
         message = fixable(error)
         if message is None:
             raise
-        sys.exit(one_line(f"{script_name}: {message}"))
+    except RuntimeError as error:
+        if "Connection closed by peer" not in str(error):
+            raise
+        message = "another rank has ended; what it printed says why"
     except KeyboardInterrupt:
-        sys.exit(f"{script_name}: stopped; {if_stopped}")
+        message = f"stopped; {if_stopped}"
+    if os.environ.get("RANK", "0") != "0":
+        # Mostly all ranks fail alike. torchrun ends those that wait here, and one line is printed.
+        time.sleep(2)
+    sys.exit(one_line(f"{script_name}: {message}"))

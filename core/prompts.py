@@ -17,7 +17,7 @@ from core.pictures import BadPicture
 from core.runs import checkpoints
 from core.sampler import MAX_PICTURES
 from core.seeds import seed_from
-from core.training import all_reduce, identity, init_worker
+from core.training import all_reduce, read_ahead
 
 
 @dataclass
@@ -41,9 +41,14 @@ def make_plan(train, held_out, make_turns, processor, args, rank, world, device)
     train = drop_too_long(train, make_turns, processor, args, rank, world)
     if held_out:
         held_out = drop_too_long(held_out, make_turns, processor, args, rank, world)
+    steps = number_of_steps(args, len(train))
     group, groups = rank // args.tensor_parallel, world // args.tensor_parallel
     first_step = max(checkpoints(Path(args.out, "checkpoints")), default=0)
-    steps = number_of_steps(args, len(train))
+    if first_step > steps:
+        raise InputError(
+            f"--steps or --passes make {steps} steps, but the run in --out {args.out} has taken "
+            f"{first_step}; expected at least as many, or another --out"
+        )
     dataset = PromptDataset(train, make_turns, processor, args)
     batches = prompt_batches(dataset, first_step, steps, rank, world, device)
     return Plan(train, held_out, held_out[group::groups], batches, first_step, steps)
@@ -135,18 +140,9 @@ def prompt_batches(dataset, first_step, steps, rank, world, device):
     places = []
     for step in range(first_step, steps):
         places += [(step, place) for place in range(start, start + size)]
-    loader = torch.utils.data.DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=places,
-        collate_fn=identity,
-        num_workers=args.workers,
-        prefetch_factor=-(-size // args.workers) if args.workers else None,
-        pin_memory=device.type == "cuda",  # then a thread takes in what the workers send
-        worker_init_fn=init_worker,
-        generator=torch.Generator(),  # its own: the global random state stays as it is
-    )
-    return group_into(iter(loader), size, steps - first_step)
+    ahead = -(-size // max(1, args.workers))
+    prompts = read_ahead(dataset, places, args.workers, ahead, device.type == "cuda")
+    return group_into(prompts, size, steps - first_step)
 
 
 def group_into(prompts, size, number):

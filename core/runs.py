@@ -1,20 +1,91 @@
 """The folder of a run: checkpoints and resuming, log.jsonl, curves.png."""
 
+import contextlib
 import importlib.metadata
 import json
 import math
 import os
+import pickle
 import random
+import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from core.files import atomic_write, check_same_settings
+from core.files import (
+    InputError,
+    atomic_write,
+    check_apart,
+    check_same_settings,
+    fsync,
+    fsync_tree,
+    in_short,
+    lock,
+    parse_json,
+)
 from core.policy import save_policy
+from core.training import all_reduce
+
+# --------------------------------------------------------------------------------------------------
+# --out
+
+
+def open_out(args, rank):
+    """Make --out, check that it is this run's to write to, and lock it until this process ends."""
+    out = Path(args.out)
+    check_apart(out, args.model)
+    ours, model = out.resolve(), Path(args.model).resolve()
+    if model.exists() and (ours in model.parents or model in ours.parents):
+        raise InputError(
+            f"--out {out} and --model {args.model} lie one in the other; choose an --out of its own"
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            # never closed: the lock ends with the process
+            lock(os.open(out / "run.lock", os.O_RDWR | os.O_CREAT), out)
+    except OSError as error:
+        raise InputError(
+            f"--out {out}: {error.strerror}; expected a folder that can be written to"
+        ) from None
+
+
+def refuse_other_model(out):
+    """A model without a checkpoint of ours beside it is another run's, or a finished one's."""
+    if Path(out, "config.json").exists() and not checkpoints(Path(out, "checkpoints")):
+        raise InputError(f"--out {out} already holds a model; choose another folder or remove it")
+
+
+def is_finished(args, mutable_flags):
+    """Whether --out holds the model of this very run, saved when all was done."""
+    out = Path(args.out)
+    if not (out / "config.json").exists():
+        return False
+    before = logged_flags(out / "log.jsonl")
+    if before is None:
+        raise InputError(f"--out {out} already holds a model; choose another folder or remove it")
+    now = json.loads(json.dumps(vars(args)))
+    for flag in mutable_flags:
+        before.pop(flag, None)
+        now.pop(flag, None)
+    advice = "It is finished: choose another --out"
+    check_same_settings(f"--out {out}", as_flags(before), as_flags(now), advice)
+    return True
+
+
+def logged_flags(path):
+    """The flags in the first row of a log, None if there is no such row."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        first = parse_json(file.readline(), f"{path}, line 1")
+    return first.get("args") if isinstance(first, dict) else None
+
 
 # --------------------------------------------------------------------------------------------------
 # Checkpoints
@@ -24,18 +95,43 @@ def save_checkpoint(folder, trainer, step, state):
     """
     Write folder/step-N: weights, optimizer, and each rank's random state and own `state`, a dict.
 
-    It is written under another name, renamed when complete, and only then the older ones are
-    deleted: a run that is killed at any moment leaves a complete checkpoint.
+    It is written under another name, renamed when it is complete and on the disk, and only then
+    the older ones are deleted: a run that is killed at any moment leaves a complete checkpoint. A
+    step that is saved already, as by a run that stops where it began, stays as it is.
     """
     rank, folder = dist.get_rank(), Path(folder)
     complete = folder / f"step-{step:06d}"
-    part = folder / f"step-{step:06d}.part"
+    if not all_reduce(float(rank == 0 and complete.is_dir()), "max"):
+        write_checkpoint(complete, trainer, rank_state(trainer, step, state))
     if rank == 0:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+        for other_step, other in checkpoints(folder).items():
+            if other_step != step:
+                shutil.rmtree(other)
     dist.barrier()
-    trainer.save_checkpoint(part, tag="engine", save_latest=False)
-    saved = {
+
+
+def write_checkpoint(complete, trainer, saved):
+    """Write a checkpoint that appears whole. `saved` is what this rank saves of its own."""
+    rank, folder = dist.get_rank(), complete.parent
+    part = complete.with_name(f"{complete.name}.part")
+    with naming_full_disk(part):
+        if rank == 0:
+            for old in folder.glob("step-*.part"):
+                shutil.rmtree(old)
+            part.mkdir(parents=True)
+        dist.barrier()
+        trainer.save_checkpoint(part, tag="engine", save_latest=False)
+        torch.save(saved, part / f"rank-{rank}.pt")
+        dist.barrier()
+        if rank == 0:
+            fsync_tree(part)
+            os.replace(part, complete)
+            fsync(folder)
+
+
+def rank_state(trainer, step, state):
+    """What a rank saves beside DeepSpeed's files: numbers, texts and tensors, no code."""
+    return {
         "step": step,
         "extra": state,
         "random": random.getstate(),
@@ -43,24 +139,40 @@ def save_checkpoint(folder, trainer, step, state):
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "shape": describe_trainer(trainer),
     }
-    torch.save(saved, part / f"rank-{rank}.pt")
-    dist.barrier()
-    if rank == 0:
-        shutil.rmtree(complete, ignore_errors=True)
-        os.replace(part, complete)
-        for other in folder.glob("step-*"):
-            if other != complete:
-                shutil.rmtree(other)
-    dist.barrier()
+
+
+@contextlib.contextmanager
+def naming_full_disk(part):
+    """A checkpoint that cannot be written stops a run in one line, and makes room again."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        shutil.rmtree(part, ignore_errors=True)
+        raise InputError(
+            f"{part} cannot be written: {in_short(error)}. The checkpoint before it is kept; make "
+            "room on the disk, and the same command continues from it"
+        ) from None
 
 
 def checkpoints(folder):
     """Return {step: its complete checkpoint}, the newest last."""
     found = {}
-    for path in sorted(Path(folder).glob("step-*")):
-        if path.suffix != ".part":
+    for path in Path(folder).glob("step-*"):
+        if is_checkpoint(path):
             found[int(path.name.removeprefix("step-"))] = path
-    return found
+    return dict(sorted(found.items()))
+
+
+def is_checkpoint(path):
+    return path.is_dir() and re.fullmatch(r"step-\d{6,}", path.name) is not None
+
+
+def strangers(folder):
+    """What somebody else has put among the checkpoints; it is neither loaded nor removed."""
+    ours = r"step-\d{6,}(\.part)?"
+    return [path for path in sorted(Path(folder).glob("*")) if not re.fullmatch(ours, path.name)]
 
 
 def resume(folder, trainer, args, mutable_flags, **fresh):
@@ -75,6 +187,9 @@ def resume(folder, trainer, args, mutable_flags, **fresh):
     recipe["data: digest of its content"] = recipe.pop("data_digest", None)
     step, state = 0, fresh | {"recipe": recipe}
     found = checkpoints(folder / "checkpoints")
+    if dist.get_rank() == 0:
+        for path in strangers(folder / "checkpoints"):
+            print(f"{path} is no checkpoint of this run and is left alone", file=sys.stderr)
     if found:
         step = max(found)
         state = load_checkpoint(found[step], trainer)
@@ -95,15 +210,43 @@ def load_checkpoint(path, trainer):
     ranks = {"number of ranks": len(list(path.glob("rank-*.pt")))}
     ranks_now = {"number of ranks": dist.get_world_size()}
     check_same_settings(path, ranks, ranks_now, "Start as many ranks, or choose another --out")
-    saved = torch.load(path / f"rank-{dist.get_rank()}.pt", weights_only=False)
+    saved = read_saved(path, partial(torch.load, path / f"rank-{dist.get_rank()}.pt"))
     advice = "Use its own --model, --head and --zero, or choose another --out"
     check_same_settings(path, saved["shape"], describe_trainer(trainer), advice)
-    trainer.load_checkpoint(path, tag="engine")
+    loaded, _ = read_saved(path, partial(trainer.load_checkpoint, path, tag="engine"))
+    if loaded is None:
+        raise InputError(f"{path} is damaged: it lacks files of the engine. {START_BEFORE}")
     random.setstate(saved["random"])
     torch.set_rng_state(saved["torch"])
     if saved["cuda"] is not None:
         torch.cuda.set_rng_state(saved["cuda"])
     return saved["extra"]
+
+
+START_BEFORE = (
+    "Remove it to continue from the checkpoint before it or, if there is none, to begin again"
+)
+
+
+def read_saved(path, read):
+    """
+    read() a part of a checkpoint, with nothing in it that runs code.
+
+    DeepSpeed asks torch for files that may run code; the environment has the last word. Of its own
+    classes it needs these three.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            return read()
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path} is damaged ({in_short(error)}). {START_BEFORE}") from None
+    finally:
+        del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
 
 
 def describe_trainer(trainer):
@@ -123,9 +266,16 @@ def drop_rows_after(path, step):
     """Drop the rows that a killed run wrote after its checkpoint, and half a row at the end."""
     if not path.exists():
         return
-    lines = path.read_bytes().splitlines(keepends=True)
-    rows = [line for line in lines if line.endswith(b"\n")]
-    kept = [row for row in rows if json.loads(row).get("step", 0) <= step]
+    kept = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break
+            row = parse_json(line, f"{path}, line {number}")
+            if not isinstance(row, dict):
+                raise InputError(f"{path}, line {number} is not a JSON object; remove the line")
+            if row.get("step", 0) <= step:
+                kept.append(line)
     with atomic_write(path) as file:
         file.writelines(kept)
 
@@ -255,9 +405,10 @@ def plot_curves(folder, panels):
 
 
 def finish_run(out, policy, processor, log, panels, rank):
-    """End a run: save the model and draw its curves."""
-    save_policy(policy, processor, out, rank)
+    """End a run: draw its curves and, last of all, save the model."""
     log.close()
     if rank == 0:
         plot_curves(out, panels)
+    save_policy(policy, processor, out, rank)
+    if rank == 0:
         print(f"{out}: the model after {log.bar.total} steps, log.jsonl, curves.png")

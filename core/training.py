@@ -2,6 +2,7 @@
 
 import argparse
 import ctypes
+import json
 import math
 import os
 import random
@@ -28,6 +29,7 @@ def start_ranks(seed):
 
     Return (rank, number of ranks, device): nccl on GPUs, gloo on a CPU.
     """
+    die_with_torchrun()
     cuda = torch.cuda.is_available()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads break in forked workers
@@ -43,6 +45,25 @@ def start_ranks(seed):
     random.seed(seed)
     torch.manual_seed(seed)
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def die_with_torchrun():
+    """
+    A rank ends with the torchrun that started it, however that ends: it would train on, and write.
+
+    Without torchrun the parent is a shell, which may well end before a run that nohup keeps.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+
+
+def die_with_parent():
+    """Ask the kernel to kill this process when its parent ends, even by SIGKILL."""
+    parent = os.getppid()
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it has ended meanwhile
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def free_port():
@@ -80,16 +101,79 @@ def on_first_rank(check):
         sys.exit(1)
 
 
+def wait_or_stop(wait, save):
+    """wait(); if it fails on any rank, as with a dead judge, all write a checkpoint and stop."""
+    try:
+        found, error = wait(), None
+    except Exception as problem:  # whatever it is, the other ranks must not wait for this one
+        found, error = None, problem
+    reason = first_error(error)
+    if reason is not None:
+        save()
+        raise InputError(f"stopped, with a checkpoint: {reason}")
+    return found
+
+
+def first_error(error):
+    """The text of the first rank's error; None if no rank has one."""
+    own = None if error is None else str(error) or type(error).__name__
+    texts = [own]
+    if dist.is_initialized():
+        texts = [None] * dist.get_world_size()
+        dist.all_gather_object(texts, own)
+    return next((text for text in texts if text is not None), None)
+
+
 # --------------------------------------------------------------------------------------------------
 # Data workers
 
 
+def read_ahead(dataset, order, workers, ahead, pin_memory=False):
+    """
+    Yield the items of a dataset in this order. Workers, forked here, each read `ahead` of them.
+
+    An InputError of a worker is raised here: sent as a value, it keeps its one line.
+    """
+    loader = torch.utils.data.DataLoader(
+        ErrorsAsValues(dataset),
+        batch_size=None,
+        sampler=order,
+        collate_fn=identity,
+        num_workers=workers,
+        prefetch_factor=ahead if workers else None,
+        pin_memory=pin_memory,  # then a thread takes in what the workers send
+        worker_init_fn=init_worker,
+        generator=torch.Generator(),  # its own: the global random state stays as it is
+    )
+    return raise_errors(iter(loader))
+
+
+class ErrorsAsValues(torch.utils.data.Dataset):
+    """A dataset whose InputErrors are items: a data worker would wrap them in a traceback."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, key):
+        try:
+            return self.dataset[key]
+        except InputError as error:
+            return error
+
+
+def raise_errors(items):
+    for item in items:
+        if isinstance(item, InputError):
+            raise item
+        yield item
+
+
 def init_worker(worker_id):
     """Tie a data worker to its rank: it dies with it, and returns the free memory it inherited."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: its rank ends it, without a traceback
+    # Else the workers of a killed rank wait for ever to hand over a sample.
+    die_with_parent()
     libc = ctypes.CDLL(None)
-    # Without PR_SET_PDEATHSIG the workers of a killed rank wait for ever to hand over a sample.
-    PR_SET_PDEATHSIG = 1
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if hasattr(libc, "malloc_trim"):  # glibc
         libc.malloc_trim(0)
 
@@ -235,11 +319,15 @@ def stop_if_diverged(grad_norm, samples, step, state, args):
         return
     state["skipped"] += 1
     if state["skipped"] == 3:
-        torch.save(samples, Path(args.out, f"not-finite-{dist.get_rank()}.pt"))
-        sys.exit(
-            f"{Path(sys.argv[0]).name}: step {step + 1}: three gradients in a row were not finite; "
-            f"likely --lr {args.lr} is too high. The last mini-batch is in "
-            f"{args.out}/not-finite-*.pt"
+        path = Path(args.out, f"not-finite-{dist.get_rank()}.jsonl")
+        with path.open("w") as file:
+            for sample in samples:
+                row = {"id": sample.pair.id, "text": sample.text, "finish": sample.finish}
+                row["advantages"] = sample.advantages.tolist()
+                file.write(json.dumps(row) + "\n")
+        raise InputError(
+            f"step {step + 1}: three gradients in a row were not finite; likely --lr {args.lr} is "
+            f"too high. The last mini-batch is in {args.out}/not-finite-*.jsonl"
         )
 
 

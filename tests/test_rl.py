@@ -17,8 +17,9 @@ import torch
 from conftest import ROOT, annotator, children_of, png, read_rows, wait_until_gone
 
 import rl
-from core import prompts, rl_flags
+from core import prompts, rl_flags, training
 from core.encoding import Sample, collate, encode, encode_prompt, load_processor
+from core.files import InputError
 from core.neighbours import ALGORITHMS
 from core.pairs import Pair, judging_turns, swap, write_pairs
 from core.policy import load_policy, save_policy, token_logps
@@ -310,10 +311,10 @@ def test_an_error_in_the_judge_saves_a_checkpoint_and_stops():
     def fail():
         raise RuntimeError("no reply")
 
-    with pytest.raises(SystemExit, match="stopped, with a checkpoint: no reply"):
-        rl.wait_or_stop(fail, lambda: saved.append(1))
+    with pytest.raises(InputError, match="stopped, with a checkpoint: no reply"):
+        training.wait_or_stop(fail, lambda: saved.append(1))
     assert saved == [1]
-    assert rl.wait_or_stop(lambda: [1, 0], fail) == [1, 0]
+    assert training.wait_or_stop(lambda: [1, 0], fail) == [1, 0]
 
 
 # --------------------------------------------------------------------------------------------------

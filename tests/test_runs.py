@@ -1,13 +1,19 @@
 """core/runs.py with a trainer that trains nothing: checkpoints, resuming, the log."""
 
 import argparse
+import errno
+import itertools
 import json
+import os
 import random
+import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import killed_at, read_rows
 
 from core import runs
 from core.files import InputError
@@ -31,9 +37,11 @@ class IdleTrainer:
 
     def save_checkpoint(self, folder, tag, save_latest):
         (folder / tag).mkdir()
+        (folder / tag / "weights").write_text("weights")
 
     def load_checkpoint(self, folder, tag):
-        assert (folder / tag).is_dir()
+        found = (folder / tag / "weights").exists()
+        return (str(folder), {}) if found else (None, None)
 
 
 def flags(**changed):
@@ -44,12 +52,14 @@ def resume(folder, trainer=None, **changed):
     return runs.resume(folder, trainer or IdleTrainer(), flags(**changed), {"workers", "out"}, n=0)
 
 
+def save(folder, step, **state):
+    runs.save_checkpoint(
+        folder / "checkpoints", IdleTrainer(), step, {"recipe": {"lr": 0.1}} | state
+    )
+
+
 def write_rows(path, *rows, half=""):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + half)
-
-
-def read_rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_a_new_run_begins_with_the_fresh_state(tmp_path):
@@ -96,3 +106,129 @@ def test_the_log_continues_after_the_checkpoint(tmp_path):
     assert read_rows(log) == [header, {"step": 1}, {"step": 2}, resumed, {"step": 3, "loss": 0.25}]
     runs.Log(tmp_path, header, step=0, steps=9).close()
     assert read_rows(log) == [header]  # a run without a checkpoint begins again
+
+
+# --------------------------------------------------------------------------------------------------
+# Kills and faults
+
+
+def test_a_kill_at_any_file_operation_of_a_save_leaves_a_checkpoint(tmp_path):
+    save(tmp_path / "before", 2, n=2)
+    for number in itertools.count(1):
+        out = shutil.copytree(tmp_path / "before", tmp_path / str(number))
+        killed = killed_at(number, out, partial(save, out, 4, n=4))
+        step, state = resume(out)
+        assert step == state["n"] and step in (2, 4)
+        save(out, 4, n=4)  # the run goes on
+        assert os.listdir(out / "checkpoints") == ["step-000004"]
+        if not killed:
+            break
+    assert step == 4 and number > 10
+
+
+def test_a_step_that_is_saved_is_not_saved_again(tmp_path):
+    """A run that stops where it began keeps what it has, however the second save ends."""
+    save(tmp_path, 2, n=2)
+    for number in (1, 2, 3, 10**6):
+        killed_at(number, tmp_path, partial(save, tmp_path, 2, n=99))
+        step, state = resume(tmp_path)
+        assert step == state["n"] == 2
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
+    save(tmp_path, 2, n=2)
+
+    def fail(*words, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(IdleTrainer, "save_checkpoint", fail)
+    with pytest.raises(InputError, match=r"No space left on device.*checkpoint before it is kept"):
+        save(tmp_path, 4, n=4)
+    assert os.listdir(tmp_path / "checkpoints") == ["step-000002"]
+
+
+class RunsCode:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_checkpoint_that_is_damaged_or_holds_code_is_refused(tmp_path):
+    save(tmp_path, 2, n=2)
+    path = tmp_path / "checkpoints" / "step-000002"
+    whole = (path / "rank-0.pt").read_bytes()
+    torch.save(RunsCode(str(tmp_path / "code ran")), path / "rank-0.pt")
+    with pytest.raises(InputError, match="step-000002 is damaged"):
+        resume(tmp_path)
+    assert not (tmp_path / "code ran").exists()
+    (path / "rank-0.pt").write_bytes(whole[:500])
+    with pytest.raises(InputError, match=r"step-000002 is damaged.*Remove it"):
+        resume(tmp_path)
+    (path / "rank-0.pt").write_bytes(whole)
+    shutil.rmtree(path / "engine")
+    with pytest.raises(InputError, match="lacks files of the engine"):
+        resume(tmp_path)
+
+
+def test_a_strange_folder_among_the_checkpoints_is_named_and_left_alone(tmp_path, capsys):
+    save(tmp_path, 2, n=2)
+    strange = tmp_path / "checkpoints" / "step-000009 (copy)"
+    strange.mkdir()
+    assert resume(tmp_path)[0] == 2
+    assert "step-000009 (copy) is no checkpoint" in capsys.readouterr().err
+    save(tmp_path, 4, n=4)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-000004", strange.name]
+
+
+def test_a_damaged_line_of_a_log_is_named(tmp_path):
+    log = tmp_path / "log.jsonl"
+    write_rows(log, {"args": {}}, half='{"step": 1\n{"step": 2}\n')
+    with pytest.raises(InputError, match=r"log\.jsonl, line 2 is not JSON"):
+        runs.Log(tmp_path, {"args": {}}, step=2, steps=9)
+
+
+# --------------------------------------------------------------------------------------------------
+# --out
+
+
+def open_out(out, model="no/such/model"):
+    runs.open_out(argparse.Namespace(out=str(out), model=str(model)), rank=0)
+
+
+def test_out_must_not_be_the_model_nor_lie_in_it_or_around_it(tmp_path):
+    model = tmp_path / "models" / "base"
+    model.mkdir(parents=True)
+    with pytest.raises(InputError, match="would write over it"):
+        open_out(tmp_path / "models" / "x" / ".." / "base", model)
+    for out in (model / "out", tmp_path / "models"):
+        with pytest.raises(InputError, match="lie one in the other"):
+            open_out(out, model)
+    open_out(tmp_path / "models" / "other", model)
+
+
+def test_out_must_be_a_folder(tmp_path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(InputError, match=r"--out .*file.*expected a folder"):
+            open_out(out)
+
+
+def test_one_run_at_a_time_writes_to_a_folder(tmp_path):
+    open_out(tmp_path)
+    with pytest.raises(InputError, match=r"another run is writing to .*--out"):
+        open_out(tmp_path)
+
+
+def test_another_model_in_out_is_refused_and_a_finished_run_is_known(tmp_path):
+    assert not runs.is_finished(flags(out=tmp_path), set())
+    (tmp_path / "config.json").touch()
+    with pytest.raises(InputError, match="already holds a model"):
+        runs.refuse_other_model(tmp_path)
+    with pytest.raises(InputError, match="already holds a model"):
+        runs.is_finished(flags(out=str(tmp_path)), {"out"})
+    write_rows(tmp_path / "log.jsonl", {"args": vars(flags(out="elsewhere"))})
+    assert runs.is_finished(flags(out=str(tmp_path)), {"out"})
+    with pytest.raises(InputError, match=r"--lr was 0\.1, is now 0\.2"):
+        runs.is_finished(flags(out=str(tmp_path), lr=0.2), {"out"})

@@ -198,7 +198,10 @@ def test_a_run_that_is_killed_continues_bit_for_bit(toy_folder, tmp_path):
     model = (whole / "model.safetensors").read_bytes()
     assert model == (killed / "model.safetensors").read_bytes()
     assert not (whole / "checkpoints").exists() and (whole / "curves.png").exists()
-    assert "already holds a model" in run_sft(*words, "--out", whole)
+    before = (whole / "log.jsonl").read_bytes()
+    assert run_sft(*words, "--out", whole) == ""  # it is finished, and says so
+    assert (whole / "log.jsonl").read_bytes() == before
+    assert "--epochs was 2, is now 3" in run_sft(*words, "--epochs", "3", "--out", whole)
 
 
 @pytest.mark.slow

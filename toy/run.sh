@@ -28,9 +28,6 @@ wait_for 8010
 stage annotate python annotate.py @toy/annotate.args
 
 # 3. Cold start from the base model: toy/base is what Qwen2.5-VL-7B-Instruct is to the paper
-if [ -e $OUT/sft/tokenizer_config.json ] && [ ! -e $OUT/done/sft ]; then
-    echo 0 > $OUT/done/sft # stopped just after its last file
-fi
 stage sft $TWO_RANKS sft.py @toy/sft.args
 
 # 4. Reinforcement learning
