@@ -7,7 +7,6 @@ the characters that they are, in training as in vLLM. A server tokenizes itself,
 
 import re
 from dataclasses import dataclass, field
-from itertools import chain
 
 import torch
 
@@ -162,12 +161,11 @@ class RenderedPrompt:
 
 def render(processor, turns):
     """Apply the chat template, so that only the template's own special tokens are read as such."""
-    texts = [part["text"] for turn in turns for part in turn["content"] if part["type"] == "text"]
-    apply = processor.apply_chat_template
-    if not any(starts_of_special_tokens(processor.tokenizer, text) for text in texts):
-        return RenderedPrompt(apply(turns, tokenize=False, add_generation_prompt=True), [], 0)
     (turn,) = turns
     *pictures, text = turn["content"]
+    apply = processor.apply_chat_template
+    if not starts_of_special_tokens(processor.tokenizer, text["text"]):
+        return RenderedPrompt(apply(turns, tokenize=False, add_generation_prompt=True), [], 0)
     marked = [turn | {"content": [*pictures, text | {"text": PLACE}]}]
     before, after = apply(marked, tokenize=False, add_generation_prompt=True).split(PLACE)
     tokens_after = len(processor.tokenizer(after)["input_ids"])  # it begins with a special token
@@ -179,11 +177,11 @@ PLACE = "\ue000"  # stands for a text in the chat template, which has no such ch
 
 def text_ids(tokenizer, text):
     """The ids of a text. The name of a special token is cut behind its first character."""
-    ends = [start + 1 for start in starts_of_special_tokens(tokenizer, text)]
-    pieces = [text[start:end] for start, end in zip([0, *ends], [*ends, None])]
-    return list(
-        chain(*(tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in pieces))
-    )
+    ids, start = [], 0
+    for special in starts_of_special_tokens(tokenizer, text):
+        ids += tokenizer(text[start : special + 1], add_special_tokens=False)["input_ids"]
+        start = special + 1
+    return ids + tokenizer(text[start:], add_special_tokens=False)["input_ids"]
 
 
 def starts_of_special_tokens(tokenizer, text):
