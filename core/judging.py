@@ -338,11 +338,28 @@ class RewardBackend:
         while jobs:
             batch = [jobs.popleft() for _ in range(min(len(jobs), ROWS_OF_A_BATCH))]
             new = {job.row.key: job.row for job in batch if job.row.key not in known}
-            known.update(zip(new, self.score(list(new.values()))))
+            known.update(zip(new, self._rewards(list(new.values()))))
             for job in batch:
-                judgement = self._judgement(job, known[job.row.key])
-                samples = range(job.first, job.first + job.count)
-                yield job, [dataclasses.replace(judgement, sample=sample) for sample in samples]
+                yield job, self._judgements(job, known[job.row.key])
+
+    def _rewards(self, rows):
+        """The Rewards of each row; LeftOut for one whose picture cannot be read."""
+        try:
+            return self.score(rows)
+        except BadPicture as problem:
+            if len(rows) == 1:
+                return [LeftOut(str(problem))]
+        found = []
+        for row in rows:  # one by one: it is one of them
+            found += self._rewards([row])
+        return found
+
+    def _judgements(self, job, rewards):
+        if isinstance(rewards, LeftOut):
+            return rewards
+        judgement = self._judgement(job, rewards)
+        samples = range(job.first, job.first + job.count)
+        return [dataclasses.replace(judgement, sample=sample) for sample in samples]
 
     def _judgement(self, job, rewards):
         """The two log-probabilities are the rewards' log-softmax."""

@@ -39,8 +39,9 @@ import evaluate
 from core.encoding import collate, encode, encode_prompt, load_processor
 from core.files import InputError, Journal
 from core.judgements import LeftOut, Protocol, judgements_file, read_judgements, read_left_out
-from core.judging import collect, seed_of, verdict_index
+from core.judging import RewardBackend, Rewards, collect, seed_of, verdict_index
 from core.pairs import Pair, critique_turns, judging_turns, read_pairs, user_turn, write_pairs
+from core.pictures import BadPicture
 from core.policy import load_policy, save_policy
 from core.sampler import HFSampler
 from sources import BENCHMARKS
@@ -344,6 +345,18 @@ def test_a_picture_that_was_damaged_meanwhile_leaves_out_its_row(tmp_path):
         args = args_of("--base_url", url, "--samples", 2)
         left_out = collect(rows, evaluate.make_backend(args), done, evaluate.protocol_of(args))
     assert list(left_out) == [rows[1].key] and len(done) == 2
+
+
+def test_reward_heads_leave_out_the_row_whose_picture_cannot_be_read():
+    def score(rows):
+        if any(row.row == 3 for row in rows):
+            raise BadPicture("unreadable image", "a.png")
+        return [Rewards(1.0, 0.0) for _ in rows]
+
+    done = {}
+    left_out = collect([make_row(i) for i in range(6)], RewardBackend(score), done, TWO)
+    assert list(left_out) == [("pairs", 3)] and len(done) == 10
+    assert "a.png (unreadable image)" in left_out["pairs", 3]["reason"]
 
 
 # --- a server
