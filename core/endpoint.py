@@ -155,14 +155,14 @@ class Endpoint:
             # not all at the same moment
             seconds = 2.0 ** min(attempt - 1, 3) * random.uniform(0.75, 1)
         if time.monotonic() - start + seconds > SILENCE:
-            self._tell(failure.cause, f", again in {seconds:.0f} s")
+            self._tell(failure.cause, f"{failure.reason}, again in {seconds:.0f} s")
         await asyncio.sleep(seconds)
 
     def _tell_of_silence(self):
         if time.monotonic() - self.last_reply >= SILENCE:
-            self._tell("no reply yet")
+            self._tell("silence", "no reply yet")
 
-    def _tell(self, cause, plan=""):
+    def _tell(self, cause, text):
         """Says what is being waited for, each cause once in ten minutes."""
         from tqdm import tqdm
 
@@ -171,7 +171,7 @@ class Endpoint:
             return
         self.told[cause] = now
         with tqdm.external_write_mode():  # a progress bar moves out of the way
-            print(f"waiting for {self.base_url}: {cause}{plan}", flush=True)
+            print(f"waiting for {self.base_url}: {text}", flush=True)
 
 
 async def bound_size(response):

@@ -116,13 +116,13 @@ def test_retry_after_is_said_and_waited_for_up_to_two_minutes(capsys, header, se
 
     def busy(handler, request):
         asked.append(request)
-        send(handler, b"{}", 429, Retry_After=header)
+        send(handler, {"error": {"message": "slow down"}}, 429, Retry_After=header)
 
     with http_server(busy) as url:
         assert ask(url, seconds=2) is None
     assert len(asked) == 1
     printed = capsys.readouterr().out
-    assert printed == f"waiting for {url}: status 429, again in {seconds} s\n"
+    assert printed == f"waiting for {url}: status 429: 'slow down', again in {seconds} s\n"
 
 
 # ------------------------------------------------------------------------------------------------
