@@ -12,7 +12,7 @@ import torch
 
 from core.files import InputError, in_short
 from core.model_folder import load_config
-from core.pictures import BadPicture, open_picture, opened, upright_size
+from core.pictures import BadPicture, open_picture, opened
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 VISION_INPUTS = (*PIXELS.values(), "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
@@ -225,7 +225,7 @@ def image_tokens(image_processor, path):
     from qwen_vl_utils import smart_resize
 
     with opened(path) as image:
-        width, height = upright_size(image)
+        width, height = image.size  # one that lies on its side has as many tokens
     side = image_processor.patch_size * image_processor.merge_size  # pixels that make one token
     height, width = smart_resize(height, width, side, **pixel_bounds(image_processor))
     return height * width // side**2

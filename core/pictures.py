@@ -12,7 +12,7 @@ from core.files import InputError
 
 MAX_PIXELS = 64 * 2**20  # of a picture, by its header: it would take 200 MB and more
 MAX_RATIO = 200  # longer side to shorter side; Qwen's models take no other
-ORIENTATION = 0x0112  # the EXIF tag: 1 is upright, and 5 to 8 lie on a side
+ORIENTATION = 0x0112  # the EXIF tag: 1 is upright
 
 
 class BadPicture(InputError):
@@ -67,14 +67,11 @@ def check_header(image, picture):
 
 def is_plain(image):
     """Whether whoever opens this file sees what upright_rgb() makes of it."""
-    is_upright = image.getexif().get(ORIENTATION, 1) == 1
+    from PIL import Image
+
+    exif = Image.Image.getexif(image)  # of its header; a PNG's own method decodes all of it
+    is_upright = exif.get(ORIENTATION, 1) == 1
     return is_upright and image.mode in ("1", "L", "P", "RGB") and not image.has_transparency_data
-
-
-def upright_size(image):
-    """(width, height) of upright_rgb(), from the header alone."""
-    lies = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
-    return image.size[::-1] if lies else image.size
 
 
 def upright_rgb(image):

@@ -99,6 +99,11 @@ def test_a_prompts_length_is_known_from_the_headers_of_its_pictures(processor, t
         files.append(str(tmp_path / f"{number}.png"))
         Image.new("RGB", size, "red").save(files[-1])
     question = "Which <b>shape</b>?\n\n"
+    turned = Image.new("RGB", (90, 300))
+    exif = turned.getexif()
+    exif[0x0112] = 6  # to be shown a quarter turned
+    files.append(str(tmp_path / "turned.jpg"))
+    turned.save(files[-1], exif=exif)
     for images in ([], *([file] for file in files), files):
         turns = user_turn(images, None, question)
         assert prompt_length(processor, turns) == encode(processor, turns).length, images

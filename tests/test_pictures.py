@@ -108,6 +108,15 @@ def test_what_is_refused_before_it_is_decoded(picture, reason):
     assert error.value.reason == reason and len(str(error.value)) < 400
 
 
+def test_a_plain_picture_is_sent_without_being_decoded(tmp_path):
+    whole = png((64, 64))
+    (tmp_path / "cut.png").write_bytes(whole[:-30])  # only a decoder notices
+    assert (
+        base64.b64decode(data_url(str(tmp_path / "cut.png"), 2**30).partition(",")[2])
+        == whole[:-30]
+    )
+
+
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(BadPicture, match="missing image"):
