@@ -498,9 +498,9 @@ def add_annotator_flags(add):
 
 
 def add_sending_flags(add):
-    add("--concurrency", type=flags.whole(1), default=32, help="requests at a time")
+    add("--concurrency", type=flags.whole(1, 10_000), default=32, help="requests at a time")
     timeout_help = "seconds that a request may take; then it is sent again"
-    add("--timeout", type=flags.number(0.1), default=180.0, help=timeout_help)
+    add("--timeout", type=flags.number(0.1, 86_400), default=180.0, help=timeout_help)
     retries_help = (
         "of a request, up to 8 seconds apart, or as the server asks up to 120; then its pair is "
         "left for the next run"

@@ -366,7 +366,12 @@ def parser():
     add("--base_url", type=flags.server_url, help=url_help)
     add("--scores", metavar="FILE", help="given rewards: JSON lines of bench, row, scores (two)")
     pictures.add_media_root_flag(add)
-    add("--concurrency", type=flags.whole(1), default=32, help="requests to a server at a time")
+    add(
+        "--concurrency",
+        type=flags.whole(1, 10_000),
+        default=32,
+        help="requests to a server at a time",
+    )
     add(
         "--context",
         type=flags.whole(1),
@@ -407,7 +412,7 @@ def add_judgement_flags(add):
     )
     add(
         "--samples",
-        type=flags.whole(1),
+        type=flags.whole(1, 10_000),
         help="a row, in all orders; default 16; paper: 15 and 16",
     )
     add(
@@ -439,8 +444,7 @@ def check_args(args):
     """Fills in what follows from other flags or the run, and refuses what would mislead."""
     if args.score_only:
         take_settings_of_run(args)
-    elif args.scores and args.base_url:
-        raise files.InputError("--scores and --base_url both say what judges; leave one out")
+    check_what_goes_together(args)
     args.orders = args.orders or "both"
     orders = 2 if args.orders == "both" else 1
     if args.scores or has_reward_head(args):  # a reward has no samples
@@ -454,6 +458,17 @@ def check_args(args):
         reason = "at --temperature 0 all samples of an order are the same"
         raise files.InputError(f"--samples {args.samples}: {reason}; expected {orders}")
     return args
+
+
+def check_what_goes_together(args):
+    names = [name for name, _ in args.bench]
+    for name in names:
+        if names.count(name) > 1:
+            raise files.InputError(f"--bench {name} is given twice; a run takes one file of it")
+    if args.scores and args.base_url and not args.score_only:
+        raise files.InputError("--scores and --base_url both say what judges; leave one out")
+    if args.ab and not args.page:
+        raise files.InputError("--page 0 leaves no row for the page of --ab; expected 1 or more")
 
 
 def take_settings_of_run(args):
@@ -569,24 +584,11 @@ def run(args):
         pages.write_blind_vote(out, benches, done, theirs, args.page, args.seed)
 
 
-def print_tally(out, votes):
-    """Table 9."""
-    key = Path(out, "ab_key.json")
-    if not key.is_file():
-        raise files.InputError(f"{key}: no such file; give the --out that --ab was run with")
-    sides = files.parse_json(key.read_bytes(), key, "a list of left and right")
-    if not isinstance(sides, list) or any(side not in ("left", "right") for side in sides):
-        raise files.InputError(f"{key}: expected a list of left and right; run --ab again")
-    for name, shares in pages.tally_votes(sides, votes).items():
-        win, loss, tie, votes = shares
-        print(f"{name}: win {win} %, loss {loss} %, tie {tie} % of {votes}")
-
-
 def main(words=None):
     training.die_with_torchrun()
     args = parser().parse_args(words)
     if args.tally:
-        print_tally(args.out, args.tally)
+        pages.print_tally(args.out, args.tally)
     else:
         run(check_args(args))
 

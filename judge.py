@@ -226,10 +226,12 @@ def add_server_flags(add, who, model, timeout):
     )
     add("--judge_model", default=model, help="the model's name there (with vLLM: as it started)")
     add("--judge_noise", type=number(0, 1), default=0.0, help="share of flipped answers (C.11)")
-    add("--judge_concurrency", type=whole(1), default=64, help="calls at once, on each rank")
+    add(
+        "--judge_concurrency", type=whole(1, 10_000), default=64, help="calls at once, on each rank"
+    )
     add(
         "--judge_timeout",
-        type=number(0.1),
+        type=number(0.1, 86_400),
         default=timeout,
         help="seconds until a call is tried again",
     )

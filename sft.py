@@ -380,7 +380,12 @@ def parser():
         default=256,
         help="most pairs a step, all ranks (256 in the paper)",
     )
-    add("--epochs", type=flags.whole(1), default=1, help="passes over the data (1 in the paper)")
+    add(
+        "--epochs",
+        type=flags.whole(1, 1000),
+        default=1,
+        help="passes over the data (1 in the paper)",
+    )
     add(
         "--warmup",
         type=flags.number(0, 1),

@@ -119,7 +119,7 @@ def add_rollout_flags(add):
     )
     add(
         "--samples",
-        type=whole(1),
+        type=whole(1, 10_000),
         default=1,
         help="responses to a prompt (in the paper 1 in rl.py, 8 in downstream_grpo.py); the group "
         "algorithms need more than 1",
@@ -213,14 +213,14 @@ def add_optimisation_flags(add):
         default=128,
         help="responses an optimizer step, over all ranks (in the paper 128 in rl.py)",
     )
-    add("--epochs", type=whole(1), default=1, help="passes over a rollout")
+    add("--epochs", type=whole(1, 1000), default=1, help="passes over a rollout")
     add(
         "--passes",
-        type=above_zero(),
+        type=above_zero(1000),
         default=5.0,
         help="passes over the data (in the paper 5 in rl.py, 1 in downstream_grpo.py)",
     )
-    add("--steps", type=whole(), default=0, help="rollouts; 0 = as many as --passes makes")
+    add("--steps", type=whole(0, 10**6), default=0, help="rollouts; 0 = as many as --passes makes")
     add("--lr", type=above_zero(), default=1e-6, help="learning rate (in the paper 1e-6 in rl.py)")
     add("--warmup", type=whole(), default=0, help="optimizer steps of linear warm-up (ours)")
 

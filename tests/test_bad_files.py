@@ -266,9 +266,9 @@ def test_a_row_that_cannot_be_used_is_one_line(
 # The same in a process of its own
 
 ALIKE = """
-annotate        | --concurrency 0         | expected a whole number, 1 or more, got '0'
+annotate        | --concurrency 0         | expected a whole number from 1 to 10000, got '0'
 annotate        | --data pairs=gone.jsonl | gone.jsonl: no such file or folder; fix the path
-sft             | --epochs 0              | expected a whole number, 1 or more, got '0'
+sft             | --epochs 0              | expected a whole number from 1 to 1000, got '0'
 sft             | --data cut.jsonl        | cut.jsonl, line 1 is not JSON
 rl              | --eps nan               | expected a number from 0 to 1, got 'nan'
 rl              | --data empty.jsonl      | empty.jsonl has no pairs

@@ -14,8 +14,8 @@ annotate      | --limit 1e3              | expected a whole number, 1 or more, g
 annotate      | --max_tokens 0           | expected a whole number, 1 or more, got '0'
 annotate      | --max_pixels 0           | expected a whole number, 1 or more, got '0'
 annotate      | --max_frames 0           | expected a whole number, 1 or more, got '0'
-annotate      | --concurrency 0          | expected a whole number, 1 or more
-annotate      | --concurrency 2.5        | expected a whole number, 1 or more
+annotate      | --concurrency 0          | expected a whole number from 1 to 10000
+annotate      | --concurrency 2.5        | expected a whole number from 1 to 10000
 annotate      | --retries -1             | expected a whole number, 0 or more, got '-1'
 all           | --seed -1                | expected a whole number from 0 to 4294967295
 all           | --seed x                 | expected a whole number from 0 to 4294967295
@@ -31,9 +31,12 @@ train         | --max_pixels -5          | expected a whole number, 1 or more
 train         | --workers -1             | expected a whole number from 0 to 1000
 sft rl        | --workers 1001           | expected a whole number from 0 to 1000
 train         | --save_every -1          | expected a whole number, 0 or more
-train         | --epochs 0               | expected a whole number, 1 or more
+train         | --epochs 0               | expected a whole number from 1 to 1000
 train         | --zero 4                 | expected a whole number from 0 to 3
 sft rl        | --zero -1                | expected a whole number from 0 to 3
+train         | --epochs 1001            | expected a whole number from 1 to 1000
+rl downstream | --steps 1000001          | expected a whole number from 0 to 1000000
+rl evaluate   | --samples 10001          | expected a whole number from 1 to 10000
 sft           | --batch 0                | expected a whole number, 1 or more, got '0'
 sft           | --batch nan              | expected a whole number, 1 or more, got 'nan'
 sft           | --eval_every 0           | expected a whole number, 1 or more, got '0'
@@ -41,21 +44,21 @@ sft           | --eval_n -1              | expected a whole number, 0 or more, g
 rl downstream | --rollout_batch 0        | expected a whole number, 1 or more
 rl downstream | --train_batch 0          | expected a whole number, 1 or more
 rl downstream | --train_batch 12.5       | expected a whole number, 1 or more
-rl evaluate downstream | --samples 0              | expected a whole number, 1 or more
-rl downstream | --samples -8             | expected a whole number, 1 or more
+rl evaluate downstream | --samples 0              | expected a whole number from 1 to 10000
+rl downstream | --samples -8             | expected a whole number from 1 to 10000
 rl evaluate downstream | --tensor_parallel 0      | expected
-rl downstream | --steps -1               | expected a whole number, 0 or more
+rl downstream | --steps -1               | expected a whole number from 0 to 1000000
 rl downstream | --warmup -5              | expected a whole number, 0 or more
 rl downstream | --warmup 0.03            | expected a whole number, 0 or more
 rl downstream | --eval_n 0               | expected a whole number, 1 or more
 rl downstream | --eval_n -1              | expected a whole number, 1 or more
 rl downstream | --eval_every -1          | expected a whole number, 0 or more
 rl downstream | --check_every -1         | expected a whole number, 0 or more
-rl judge downstream | --judge_concurrency 0    | expected
+rl judge downstream | --judge_concurrency 0    | expected a whole number from 1 to 10000
 rl judge downstream | --judge_retries -1       | expected a whole number
 evaluate      | --limit 0                | expected a whole number, 1 or more, got '0'
 evaluate      | --limit all              | expected a whole number, 1 or more, got 'all'
-evaluate      | --concurrency 0          | expected a whole number, 1 or more
+evaluate      | --concurrency 0          | expected a whole number from 1 to 10000
 evaluate      | --max_new_tokens 0       | expected a whole number, 1 or more
 evaluate      | --max_pixels 0           | expected a whole number, 1 or more, got '0'
 evaluate      | --page -1                | expected a whole number, 0 or more, got '-1'
@@ -65,8 +68,8 @@ downstream    | --judge_tokens 0         | expected a whole number, 1 or more
 # --- numbers
 annotate evaluate | --temperature -1         | expected a number, 0 or more, got '-1'
 annotate evaluate | --temperature nan        | expected a number, 0 or more, got 'nan'
-annotate      | --timeout 0              | expected a number, 0.1 or more, got '0'
-annotate      | --timeout inf            | expected a number, 0.1 or more, got 'inf'
+annotate      | --timeout 0              | expected a number from 0.1 to 86400
+annotate      | --timeout inf            | expected a number from 0.1 to 86400
 annotate      | --price -1 2             | expected a number, 0 or more, got '-1'
 annotate      | --price 1                | expected 2 arguments
 annotate      | --price nan 0            | expected a number, 0 or more, got 'nan'
@@ -80,8 +83,8 @@ sft           | --warmup -0.1            | expected a number from 0 to 1, got '-
 sft           | --warmup 100             | expected a number from 0 to 1, got '100'
 sft           | --weight_decay -1        | expected a number, 0 or more, got '-1'
 sft           | --weight_decay nan       | expected a number, 0 or more, got 'nan'
-rl downstream | --passes 0               | expected a number above 0, got '0'
-rl downstream | --passes nan             | expected a number above 0, got 'nan'
+rl downstream | --passes 0               | expected a number above 0 and at most 1000
+rl downstream | --passes nan             | expected a number above 0 and at most 1000
 rl downstream | --memory 5               | expected a number above 0 and at most 1
 rl downstream | --memory 0               | expected a number above 0 and at most 1
 rl downstream | --clip nan               | expected a number, 0 or more, got 'nan'
@@ -102,7 +105,7 @@ rl            | --consistency_weight nan | expected a number, 0 or more
 rl            | --order_bonus -1         | expected a number, 0 or more
 rl judge downstream | --judge_noise 1.5        | expected a number from 0 to 1
 rl judge downstream | --judge_noise nan        | expected a number from 0 to 1
-rl judge downstream | --judge_timeout 0        | expected a number, 0.1 or more
+rl judge downstream | --judge_timeout 0        | expected a number from 0.1 to 86400
 rl judge downstream | --judge_patience -1      | expected a number, 0 or more
 rl judge downstream | --judge_patience inf     | expected a number, 0 or more
 downstream    | --exact_weight -1        | expected a number, 0 or more
@@ -186,6 +189,8 @@ rl            | --algo grpo              | --samples is 1; --algo grpo compares 
 downstream    | --samples 1 --train_batch 2 | --samples is 1; --algo grpo compares the
 evaluate      | --samples 3              | --samples 3: expected an even number with --orders both
 evaluate      | --temperature 0 --samples 4 | --samples 4: at --temperature 0 all samples of an
+evaluate      | --bench pairs=a pairs=b  | --bench pairs is given twice; a run takes one file of it
+evaluate      | --ab x --page 0          | --page 0 leaves no row for the page of --ab
 evaluate      | --score_only             | --score_only takes the rows of the run in --out; leave
 evaluate      | --scores scores.jsonl --base_url http://127.0.0.1:9/v1 | --scores and --base_url
 

@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from core.endpoint import data_url
-from core.files import InputError, read_object
+from core.files import InputError, parse_json, read_object
 from core.pairs import shown
 from core.scoring import has_doubts
 from stable_reinforce import parse
@@ -114,6 +114,19 @@ def reasoning(text):
 
 
 VOTES = ("win", "loss", "tie")
+
+
+def print_tally(out, votes):
+    """Table 9."""
+    key = Path(out, "ab_key.json")
+    if not key.is_file():
+        raise InputError(f"{key}: no such file; give the --out that --ab was run with")
+    sides = parse_json(key.read_bytes(), key, "a list of left and right")
+    if not isinstance(sides, list) or any(side not in ("left", "right") for side in sides):
+        raise InputError(f"{key}: expected a list of left and right; run --ab again")
+    for name, shares in tally_votes(sides, votes).items():
+        win, loss, tie, votes = shares
+        print(f"{name}: win {win} %, loss {loss} %, tie {tie} % of {votes}")
 
 
 def tally_votes(key, files):
