@@ -350,13 +350,16 @@ def parser():
         metavar="NAME=PATH",
         help=f"files or folders as published, of {names}; without it: those of the run in --out",
     )
-    add(
-        "--limit",
-        type=flags.whole(1),
-        help="rows of each benchmark, from the first on; without it: all",
-    )
+    limit_help = "rows of each benchmark, from the first on; without it: all"
+    add("--limit", type=flags.whole(1), help=limit_help)
     add("--group", default="source", help="the field of pairs that makes their table's columns")
-    add = p.add_argument_group("model").add_argument
+    add_model_flags(p.add_argument_group("model").add_argument)
+    add_judgement_flags(p.add_argument_group("judgements").add_argument)
+    add_output_flags(p.add_argument_group("output").add_argument)
+    return p
+
+
+def add_model_flags(add):
     add(
         "--model",
         default="out/rl",
@@ -366,21 +369,14 @@ def parser():
     add("--base_url", type=flags.server_url, help=url_help)
     add("--scores", metavar="FILE", help="given rewards: JSON lines of bench, row, scores (two)")
     pictures.add_media_root_flag(add)
-    add(
-        "--concurrency",
-        type=flags.whole(1, 10_000),
-        default=32,
-        help="requests to a server at a time",
-    )
-    add(
-        "--context",
-        type=flags.whole(1),
-        default=16384,
-        help="tokens of prompt and judgement (vLLM)",
-    )
+    concurrency_help = "requests to a server at a time"
+    add("--concurrency", type=flags.whole(1, 10_000), default=32, help=concurrency_help)
+    context_help = "tokens of prompt and judgement (vLLM)"
+    add("--context", type=flags.whole(1), default=16384, help=context_help)
     add("--tensor_parallel", type=flags.whole(1), default=1, help="GPUs that share one model")
-    add_judgement_flags(p.add_argument_group("judgements").add_argument)
-    add = p.add_argument_group("output").add_argument
+
+
+def add_output_flags(add):
     add("--out", required=True, help="folder; a run that was killed continues from what is there")
     add(
         "--retry_left_out",
@@ -400,7 +396,6 @@ def parser():
     )
     add("--ab", metavar="OUT", help="another run: write ab.html, to vote between the two, blind")
     add("--tally", nargs="+", metavar="VOTES", help="files saved from ab.html: print Table 9")
-    return p
 
 
 def add_judgement_flags(add):

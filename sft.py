@@ -135,7 +135,7 @@ def read_data(args):
     check_pairs(args.data, pairs)
     numbers = range(len(pairs))
     shuffled = random.Random(f"{args.seed} held out").sample(numbers, len(pairs))
-    if args.val:
+    if args.val and args.eval_n:
         held_out, numbers = read_pairs(args.val, args.eval_n), shuffled
         check_pairs(args.val, held_out)
     else:
@@ -147,8 +147,6 @@ def read_data(args):
 
 def check_something_to_learn(args, pairs, numbers):
     """A run that takes no step would save the model that it was given."""
-    if not pairs:
-        raise InputError(f"--data {args.data} is empty; expected JSON lines of pairs")
     if not numbers:
         raise InputError(
             f"--data {args.data} has {len(pairs)} pairs, all held out by --eval_n {args.eval_n}; "
@@ -363,45 +361,25 @@ def parser():
         "--val",
         help="JSONL file of held-out pairs; without it --eval_n pairs of --data are held out",
     )
-    add(
-        "--context",
-        type=flags.whole(1),
-        default=8192,
-        help="tokens; longer pairs are dropped and counted",
-    )
+    context_help = "tokens; longer pairs are dropped and counted"
+    add("--context", type=flags.whole(1), default=8192, help=context_help)
     add("--out", required=True, help="folder for the model, the log and the checkpoints")
     add = p.add_argument_group("optimisation").add_argument
     add(
         "--lr", type=flags.above_zero(), default=1e-5, help="peak learning rate (1e-5 in the paper)"
     )
-    add(
-        "--batch",
-        type=flags.whole(1),
-        default=256,
-        help="most pairs a step, all ranks (256 in the paper)",
-    )
-    add(
-        "--epochs",
-        type=flags.whole(1, 1000),
-        default=1,
-        help="passes over the data (1 in the paper)",
-    )
-    add(
-        "--warmup",
-        type=flags.number(0, 1),
-        default=0.03,
-        help="share of the steps that warm up (ours)",
-    )
+    batch_help = "most pairs a step, all ranks (256 in the paper)"
+    add("--batch", type=flags.whole(1), default=256, help=batch_help)
+    epochs_help = "passes over the data (1 in the paper)"
+    add("--epochs", type=flags.whole(1, 1000), default=1, help=epochs_help)
+    warmup_help = "share of the steps that warm up (ours)"
+    add("--warmup", type=flags.number(0, 1), default=0.03, help=warmup_help)
     curves = ("cosine", "linear", "constant")
     add("--schedule", default="cosine", choices=curves, help="of --lr, down to a tenth (ours)")
     add("--weight_decay", type=flags.number(), default=0.0, help="of AdamW (ours)")
     add = p.add_argument_group("validation").add_argument
-    add(
-        "--eval_every",
-        type=flags.whole(1),
-        default=50,
-        help="steps between validations; also first and last",
-    )
+    every_help = "steps between validations; also first and last"
+    add("--eval_every", type=flags.whole(1), default=50, help=every_help)
     add(
         "--eval_n", type=flags.whole(), default=256, help="pairs in a validation; 0 = no validation"
     )
@@ -426,9 +404,14 @@ def load_model(args, device):
     return policy, processor
 
 
-def main():
+def checked_flags():
     args = parser().parse_args()
     training.check_trainer_flags(args)
+    return args
+
+
+def main():
+    args = checked_flags()
     out = Path(args.out)
 
     # 1. Ranks, pairs. A step's longest come first: every world-th of them is a rank's fair share.

@@ -74,6 +74,12 @@ FILES = {
     "votes-side.json": b'{"votes": {"0": "up"}}',
     "votes-list.json": b'{"votes": ["left"]}',
     "votes-number.json": b'{"votes": 3}',
+    "no-model/notes.txt": b"",
+    "config-cut/config.json": b'{"model_type": "qwen2_vl"',
+    "config-list/config.json": b"[]",
+    "text-model/config.json": b'{"model_type": "qwen2"}',
+    "code-model/config.json": b'{"model_type": "own", "auto_map": {}}',
+    "config-alone/config.json": b'{"model_type": "qwen2_vl", "vision_config": {}}',
     "quote.args": b"--seed 1\n--model 'x\n",
     "binary.args": b"\xff\xfe\x00",
     "loop.args": b"--seed 1 @loop.args",
@@ -159,13 +165,14 @@ def bad_stage(bad_files, tmp_path, monkeypatch, capsys):
 
 
 def forbid_models(monkeypatch):
-    """Flags and files are looked at before a model is loaded."""
+    """Flags and files are looked at before a model is loaded, and its folder before its files."""
     import torch
 
     import downstream_grpo
-    from core import encoding, judging, training
+    from core import encoding, judging, model_folder, training
 
-    def too_late(*_, **__):
+    def too_late(args, *_, **__):
+        model_folder.load_config(getattr(args, "model", args))
         raise AssertionError("a model is loaded, and the bad input was not noticed")
 
     monkeypatch.setattr(encoding, "load_processor", too_late)

@@ -40,6 +40,7 @@ sft rl          | --data own.jsonl        | own.jsonl, line 1 has no 'id'; expec
 sft rl          | --data tasks.jsonl      | tasks.jsonl, line 1 has no 'id'; expected
 sft rl          | --data gone-picture.jsonl | line 1 (p): ./gone.png does not exist
 sft rl          | --data file/pairs.jsonl | file/pairs.jsonl: no such file
+sft             | --eval_n 2              | --data pairs.jsonl has 2 pairs, all held out by --eval_n
 sft             | --val gone.jsonl        | gone.jsonl: no such file; expected a JSONL
 sft             | --val empty.jsonl       | empty.jsonl has no pairs
 sft             | --val cut.jsonl         | cut.jsonl, line 1 is not JSON
@@ -130,13 +131,38 @@ downstream      | --eval_data empty.jsonl | no task is left, dropped: {}
 downstream      | --eval_data cut.jsonl   | cut.jsonl, line 1 is not JSON
 
 # --- folders to write
+train           | --out file              | --out file: File exists; expected a folder that can be
+train           | --out file/out          | --out file/out: Not a directory; expected a folder that
+train           | --out folder --model folder | --out folder is the folder of --model: the run would
+train           | --out folder/out --model folder | --out folder/out and --model folder lie one
+sft             | --out config-alone      | --out config-alone already holds a model; choose another
+rl              | --out config-list       | --out config-list already holds a model; choose another
+downstream      | --out config-cut        | --out config-cut already holds a model; choose another
+evaluate        | --out folder --model folder | --out folder is the folder of --model
 annotate evaluate | --out file            | File exists; a file stands where a folder is
 annotate evaluate | --out file/out        | Not a directory; a file stands where a
+"""
+
+MODELS = """
+train           | --model ./gone          | --model ./gone: there is no folder of this name, and no
+train           | --model file            | --model file is a file; expected the folder of a model
+train           | --model no-model        | --model no-model has no config.json, so it holds no
+train           | --model config-cut      | config-cut/config.json is not JSON
+train           | --model config-list     | config-list/config.json is not a JSON object
+train           | --model text-model      | --model text-model is a 'qwen2' model; expected one that
+train           | --model code-model      | --model code-model needs code of its own (auto_map in
+train           | --model config-alone    | --model config-alone is not whole: tokenizer_config.json
 """
 
 
 @pytest.mark.parametrize("script, words, message", cases(FILES))
 def test_a_file_that_cannot_be_used_is_one_line(bad_stage, script, words, message):
+    check(bad_stage(script, words), script, message)
+
+
+@pytest.mark.slow  # transformers takes long to import
+@pytest.mark.parametrize("script, words, message", cases(MODELS))
+def test_a_model_that_cannot_be_used_is_one_line(bad_stage, script, words, message):
     check(bad_stage(script, words), script, message)
 
 
