@@ -125,7 +125,7 @@ class Examples(torch.utils.data.Dataset):
         try:
             return encode_pair(pair, self.processor, self.head_kind, self.context)
         except BadPicture as problem:
-            where = f"{self.path}, line {number + 1} ({pair.id})"
+            where = f"{self.path}, line {number + 1} ({pair.id[:80]})"
             raise InputError(f"{where}: {problem}") from None
 
 

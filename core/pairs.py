@@ -218,7 +218,7 @@ def check_pairs(path, pairs):
         for picture in pair.images + (pair.video or []):
             if not os.path.isfile(picture):
                 raise FileNotFoundError(
-                    f"{path}, line {number} ({pair.id}): {picture} does not exist; "
+                    f"{path}, line {number} ({pair.id[:80]}): {picture} does not exist; "
                     "restore it or remove the line"
                 )
 

@@ -108,7 +108,7 @@ def naming(item):
     try:
         yield
     except BadPicture as error:
-        raise InputError(f"{item.id}: {error}") from None
+        raise InputError(f"{item.id[:80]}: {error}") from None
 
 
 class PromptDataset(torch.utils.data.Dataset):
