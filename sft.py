@@ -417,10 +417,10 @@ def main():
     # 1. Ranks, pairs. A step's longest come first: every world-th of them is a rank's fair share.
     rank, world, device = training.start_ranks(args.seed)
     runs.open_out(args, rank)
-    if runs.is_finished(args, MUTABLE_FLAGS):
-        return end(out, rank, "this run is finished: its model is here")
     pairs, held_out, batches = read_data(args)
     args.data_digest = digest_of(pairs)
+    if runs.is_finished(args, MUTABLE_FLAGS):
+        return end(out, rank, "this run is finished: its model is here")
     local_batches = [batch[rank::world] for batch in batches]
     steps = len(batches)
     warmup = round(args.warmup * steps)

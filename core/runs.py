@@ -69,10 +69,8 @@ def is_finished(args, mutable_flags):
     before = logged_flags(out / "log.jsonl")
     if before is None:
         raise InputError(f"--out {out} already holds a model; choose another folder or remove it")
-    now = json.loads(json.dumps(vars(args)))
-    for flag in mutable_flags:
-        before.pop(flag, None)
-        now.pop(flag, None)
+    before = recipe_of(before, mutable_flags)
+    now = recipe_of(json.loads(json.dumps(vars(args))), mutable_flags)
     advice = "It is finished: choose another --out"
     check_same_settings(f"--out {out}", as_flags(before), as_flags(now), advice)
     return True
@@ -183,8 +181,7 @@ def resume(folder, trainer, args, mutable_flags, **fresh):
     flags it began with, apart from the `mutable_flags`.
     """
     folder = Path(folder)
-    recipe = {flag: value for flag, value in vars(args).items() if flag not in mutable_flags}
-    recipe["data: digest of its content"] = recipe.pop("data_digest", None)
+    recipe = recipe_of(vars(args), mutable_flags)
     step, state = 0, fresh | {"recipe": recipe}
     found = checkpoints(folder / "checkpoints")
     if dist.get_rank() == 0:
@@ -198,6 +195,13 @@ def resume(folder, trainer, args, mutable_flags, **fresh):
     folder.mkdir(parents=True, exist_ok=True)
     drop_rows_after(folder / f"rollouts-{dist.get_rank()}.jsonl", step)
     return step, state
+
+
+def recipe_of(settings, mutable_flags):
+    """What of a run's flags must stay the same when it is continued, and what --data holds."""
+    recipe = {name: value for name, value in settings.items() if name not in mutable_flags}
+    recipe["data: digest of its content"] = recipe.pop("data_digest", None)
+    return recipe
 
 
 def as_flags(settings):

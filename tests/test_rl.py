@@ -17,9 +17,8 @@ import torch
 from conftest import ROOT, annotator, children_of, png, read_rows, wait_until_gone
 
 import rl
-from core import prompts, rl_flags, training
+from core import prompts, rl_flags
 from core.encoding import Sample, collate, encode, encode_prompt, load_processor
-from core.files import InputError
 from core.neighbours import ALGORITHMS
 from core.pairs import Pair, judging_turns, swap, write_pairs
 from core.policy import load_policy, save_policy, token_logps
@@ -303,18 +302,6 @@ def test_a_k1_penalty_is_part_of_each_tokens_reward():
     rl.set_advantages(samples, torch.tensor([1.0, 1.0]), args_of("--kl_coef", 0.1, "--kl", "k1"))
     # the second sample's last token has left the reference
     assert samples[0].advantages[1] > samples[1].advantages[1]
-
-
-def test_an_error_in_the_judge_saves_a_checkpoint_and_stops():
-    saved = []
-
-    def fail():
-        raise RuntimeError("no reply")
-
-    with pytest.raises(InputError, match="stopped, with a checkpoint: no reply"):
-        training.wait_or_stop(fail, lambda: saved.append(1))
-    assert saved == [1]
-    assert training.wait_or_stop(lambda: [1, 0], fail) == [1, 0]
 
 
 # --------------------------------------------------------------------------------------------------

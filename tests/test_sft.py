@@ -21,6 +21,7 @@ from conftest import ROOT, children_of, make_toy_pairs, png, wait_until_gone
 
 import sft
 from core.encoding import Sample, collate, load_processor
+from core.files import InputError
 from core.pairs import read_pairs, write_pairs
 from core.policy import load_policy
 from toy import model as toy_model
@@ -95,6 +96,18 @@ def test_batches_hold_every_pair_once_an_epoch_and_depend_on_the_seed(tmp_path):
     assert sorted(chain(*first)) == sorted(chain(*second)) == numbers and first != second
     assert batches == sft.global_batches(pairs, numbers, 16, 2, seed=5)
     assert batches != sft.global_batches(pairs, numbers, 16, 2, seed=6)
+
+
+def data_of(tmp_path, n, *words):
+    write_pairs(tmp_path / "pairs.jsonl", make_toy_pairs(tmp_path, n, media=("text",)))
+    words = ["--data", tmp_path / "pairs.jsonl", "--out", "out", *words]
+    return sft.read_data(sft.parser().parse_args([str(word) for word in words]))
+
+
+def test_a_run_without_a_pair_to_learn_from_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"3 pairs, all held out by --eval_n 256.*--val"):
+        data_of(tmp_path, 3)
+    assert len(data_of(tmp_path, 3, "--eval_n", 2)[2]) == 1
 
 
 def test_flags_can_be_in_a_file_several_on_a_line(tmp_path):
@@ -274,6 +287,15 @@ def test_what_cannot_be_learned_from_is_dropped_and_a_frozen_tower_stays(toy_fol
     after = dict(load_policy(tmp_path / "out", dtype=torch.float32).named_parameters())
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and not any("visual" in name for name in changed)
+
+
+@pytest.mark.slow
+def test_a_run_whose_pairs_were_all_dropped_saves_no_model(toy_folder, tmp_path):
+    words = ["--model", toy_folder / "base", "--data", toy_folder / "pairs.jsonl", "--batch", "20"]
+    words += ["--eval_n", "0", "--context", "20", "--workers", "0", "--out", tmp_path / "out"]
+    error = run_sft(*words, *TOY_PICTURES)
+    assert "all pairs were dropped (too long 40)" in error and "no model is saved" in error
+    assert not (tmp_path / "out" / "config.json").exists()
 
 
 @pytest.mark.slow

@@ -3,18 +3,27 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, wait_until_gone
 from programs.train_two_ranks import CASES, LR, STEPS, load_samples
 
 from core.encoding import collate, load_processor
+from core.files import InputError
 from core.policy import load_policy, token_logps
-from core.training import learning_rate, micro_batches
+from core.training import (
+    learning_rate,
+    micro_batches,
+    read_ahead,
+    stop_if_diverged,
+    wait_or_stop,
+)
 from toy import cpu
 
 
@@ -41,6 +50,76 @@ def test_the_learning_rate_warms_up_to_its_peak_and_falls_to_a_tenth():
     cosine = [learning_rate(step, 10, 1.0, 0, "cosine") for step in range(11)]
     assert [cosine[0], cosine[5], cosine[10]] == pytest.approx([1.0, 0.55, 0.1])
     assert learning_rate(7, 10, 1.0, 2, "constant") == 1.0
+
+
+class Squares:
+    """A dataset whose item 3 is damaged."""
+
+    def __getitem__(self, number):
+        if number == 3:
+            raise InputError("pairs.jsonl, line 4: an image cannot be read")
+        return number**2
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_a_data_worker_keeps_its_one_line(workers):
+    items = read_ahead(Squares(), [1, 2, 3, 4], workers, ahead=2)
+    assert [next(items), next(items)] == [1, 4]
+    with pytest.raises(InputError) as error:
+        next(items)
+    assert str(error.value) == "pairs.jsonl, line 4: an image cannot be read"
+
+
+def test_what_fails_while_a_step_waits_saves_a_checkpoint_and_stops():
+    saved = []
+
+    def fail():
+        raise RuntimeError("no reply")
+
+    with pytest.raises(InputError, match="stopped, with a checkpoint: no reply"):
+        wait_or_stop(fail, lambda: saved.append(1))
+    assert saved == [1]
+    assert wait_or_stop(lambda: [1, 0], fail) == [1, 0]
+
+
+def test_a_run_that_diverges_stops_and_writes_down_its_samples(tmp_path, one_rank):
+    args = SimpleNamespace(out=tmp_path, lr=9.0)
+    sample = SimpleNamespace(
+        pair=SimpleNamespace(id="7"), text="x", finish="stop", advantages=torch.ones(2)
+    )
+    state = {"skipped": 0}
+    for grad_norm in (math.inf, 1.0, math.inf, math.inf):
+        stop_if_diverged(grad_norm, [sample], 5, state, args)
+    with pytest.raises(InputError, match=r"step 6: three gradients.*--lr 9\.0 is too high"):
+        stop_if_diverged(math.inf, [sample], 5, state, args)
+    row = json.loads((tmp_path / "not-finite-0.jsonl").read_text())
+    assert row == {"id": "7", "text": "x", "finish": "stop", "advantages": [1.0, 1.0]}
+
+
+LAUNCHER = """
+import subprocess, sys, time
+rank = "from core.training import die_with_torchrun; import time; die_with_torchrun(); print(1)"
+child = subprocess.Popen([sys.executable, "-c", rank + "; time.sleep(60)"], stdout=subprocess.PIPE)
+child.stdout.read(1)
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_dies_with_torchrun_even_if_that_is_killed():
+    launcher = subprocess.Popen(
+        [sys.executable, "-u", "-c", LAUNCHER],
+        env=os.environ | {"TORCHELASTIC_RUN_ID": "none", "PYTHONUNBUFFERED": "1"},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    rank = launcher.stdout.readline().strip()
+    time.sleep(0.1)
+    launcher.send_signal(signal.SIGKILL)
+    launcher.wait()
+    wait_until_gone([rank])
 
 
 def train_in_plain_torch(folder):
