@@ -220,6 +220,7 @@ def fixable(error):
 
 def run_stage(script_name, main, if_stopped="the same command continues from here"):
     """Runs main(). What the user can fix is one line; anything else is our bug and a traceback."""
+    is_rank_0 = os.environ.get("RANK", "0") == "0"
     try:
         return main()
     except InputError as error:
@@ -233,8 +234,10 @@ def run_stage(script_name, main, if_stopped="the same command continues from her
             raise
         message = "another rank has ended; what it printed says why"
     except KeyboardInterrupt:
+        if not is_rank_0:  # all ranks hear Ctrl-C, one says so
+            sys.exit(1)
         message = f"stopped; {if_stopped}"
-    if os.environ.get("RANK", "0") != "0":
+    if not is_rank_0:
         # Mostly all ranks fail alike. torchrun ends those that wait here, and one line is printed.
         time.sleep(2)
     sys.exit(one_line(f"{script_name}: {message}"))

@@ -270,7 +270,10 @@ def load_policy(folder, head=None, dtype="auto", attn="sdpa", recompute=False, f
     stored = Path(folder, "reward_head", "head.safetensors")
     head_weights = None
     if stored.is_file():
-        head, head_weights = load_head(stored)
+        kind, head_weights = load_head(stored)
+        if head not in (None, kind):
+            raise InputError(f"--head {head}: {folder} has a {kind} head; leave --head out")
+        head = kind
     policy = Policy(model, head)
     if head_weights is not None:
         check_tensors(stored, policy.head.state_dict().keys() - head_weights.keys())

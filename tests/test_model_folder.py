@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from core.encoding import load_processor
 from core.files import InputError
 from core.model_folder import INDEX, appears_whole, load_config, not_found
-from core.policy import load_policy
+from core.policy import load_policy, save_policy
 
 BASE = ROOT / "toy" / "base"
 NAMES = sorted(path.name for path in BASE.iterdir() if path.suffix != ".md")
@@ -121,6 +121,14 @@ def test_a_missing_tensor_is_not_filled_with_random_numbers(folder):
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=f"lacks 1 of its tensors, '{name}'"):
         load_policy(folder, dtype=torch.float32)
+
+
+def test_a_head_of_another_kind_than_the_folders_is_refused(folder):
+    policy, processor = load_policy(folder, "scalar", torch.float32), load_processor(folder)
+    save_policy(policy, processor, folder)
+    assert load_policy(folder).head_kind == "scalar"
+    with pytest.raises(InputError, match=r"--head critic: .* has a scalar head"):
+        load_policy(folder, "critic")
 
 
 @pytest.mark.parametrize(
