@@ -29,9 +29,7 @@ class Replies:
         if first is None:
             journal.append([made_with])
         else:
-            where, _, before = first
-            if not isinstance(before, dict):
-                raise InputError(f"{where}: expected the settings of a run of annotate.py")
+            _, _, before = first
             check_same_settings(journal.path, before, made_with)
         ignored = [where for where, offset, row in rows if not self._take(row, where, offset)]
         if ignored:

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from bad_input import check, lines
+from bad_input import PAIR, check, lines
 
 JUDGEMENT = {
     "bench": "pairs",
@@ -18,26 +18,14 @@ JUDGEMENT = {
     "tokens": 0,
     "finish": "stop",
 }
-ROW = {
-    "id": "p",
-    "source": "toy",
-    "question": "Which?",
-    "images": [],
-    "video": None,
-    "responses": ["left", "right"],
-    "choice": 1,
-    "attempts": 2,
-    "annotation": None,
-    "bench": "pairs",
-    "row": 0,
-    "groups": {"source": "toy"},
-    "set": "0",
-}
+ROW = PAIR | {"bench": "pairs", "row": 0, "groups": {"source": "toy"}, "set": "0"}
 REPLY = {"id": "row-0", "attempt": 1, "text": "a", "finish": "stop", "tokens": [1, 1]}
 
 ASK = "--concurrency 1"
 GIVEN = "--scores scores.jsonl --page 0"
 AGAIN = "--score_only --page 0"
+DEAD = "--judge model --judge_url http://127.0.0.1:9/v1 --judge_retries 0 --judge_patience 0"
+KEPT = "rows.jsonl.journal"
 KEY = b'["left", "right"]'
 
 # script, words, a file in OUT, what it holds now (a list: rows that are appended), the one line
@@ -53,8 +41,20 @@ RUNS = [
     ("annotate", ASK, "mix.jsonl", b"", "OUT/journal.jsonl belongs to another run: pairs was"),
     ("annotate", ASK, "mix.jsonl", None, "OUT/mix.jsonl: no such file; expected"),
     # its journal
-    ("annotate", ASK, "journal.jsonl", b"7\n", "OUT/journal.jsonl, line 1"),
-    ("annotate", ASK, "journal.jsonl", b"[]\n", "OUT/journal.jsonl, line 1"),
+    (
+        "annotate",
+        ASK,
+        "journal.jsonl",
+        b"7\n",
+        "OUT/journal.jsonl does not begin with the settings",
+    ),
+    (
+        "annotate",
+        ASK,
+        "journal.jsonl",
+        b"[]\n",
+        "OUT/journal.jsonl does not begin with the settings",
+    ),
     ("annotate", ASK, "journal.jsonl", b"{}\n", "OUT/journal.jsonl belongs to another run"),
     ("annotate", ASK, "journal.jsonl", b"x\n", "OUT/journal.jsonl, line 1 is not JSON"),
     ("annotate", ASK, "journal.jsonl", b"\n", "OUT/journal.jsonl, line 1 is empty"),
@@ -73,6 +73,13 @@ RUNS = [
     ("annotate", f"{ASK} --both_orders", "", None, "another run: both_orders was False"),
     ("annotate", f"{ASK} --request '{{\"n\": 1}}'", "", None, "another run: request was {}"),
     ("annotate", ASK, "", None, "1 of 1 pairs got no answer (see above); the same command asks"),
+    # the answers that judge.py kept
+    ("judge", DEAD, "", None, "http://127.0.0.1:9/v1: no reply for 0 s (--judge_patience)"),
+    ("judge", DEAD, KEPT, b"7\n", "OUT/rows.jsonl.journal does not begin with the settings"),
+    ("judge", DEAD, KEPT, b"x\n", "OUT/rows.jsonl.journal, line 1 is not JSON"),
+    ("judge", DEAD, KEPT, [7], "OUT/rows.jsonl.journal, line 2"),
+    ("judge", DEAD, KEPT, [{"question": 7, "answer": 1}], "OUT/rows.jsonl.journal, line 2"),
+    ("judge", f"{DEAD} --judge_model x", "", None, "OUT/rows.jsonl.journal belongs to another run"),
     # the settings of evaluate.py
     ("evaluate", GIVEN, "config.json", b"{", "OUT/config.json is not JSON"),
     ("evaluate", GIVEN, "config.json", b"[]", "OUT/config.json"),
@@ -148,12 +155,16 @@ def earlier_runs(tmp_path_factory, bad_files):
     return {"folder": tmp_path_factory.mktemp("earlier")}
 
 
+def out_flag(script, out):
+    return out / "rows.jsonl" if script == "judge" else out
+
+
 def earlier_run(runs, script, bad_stage):
     """A folder of an earlier run, made when it is first wanted."""
     out = runs["folder"] / script
     if not out.exists():
-        words = {"annotate": ASK, "evaluate": GIVEN}[script]
-        bad_stage(script, f"{words} --out {out}")
+        words = {"annotate": ASK, "evaluate": GIVEN, "judge": DEAD}[script]
+        bad_stage(script, f"{words} --out {out_flag(script, out)}")
     return out
 
 
@@ -172,5 +183,6 @@ def test_a_run_that_cannot_be_continued_is_one_line(
     elif file:
         (out / file).unlink()
     reads_bench = "--score_only" not in words and "--tally" not in words
-    ended = bad_stage(script, f"{words} --out OUT", complete=reads_bench)
+    words = f"{words} --out {out_flag(script, out)}"
+    ended = bad_stage(script, words, complete=reads_bench)
     check(ended, script, message.replace("OUT", str(out)))

@@ -79,7 +79,7 @@ def test_a_journal_that_begins_with_something_else_is_named(tmp_path, path):
     with annotator() as stand_in:
         run(path, out, stand_in.url)
         (out / "journal.jsonl").write_text("[]\n")
-        with pytest.raises(InputError, match="line 1: expected the settings of a run"):
+        with pytest.raises(InputError, match="does not begin with the settings of a run"):
             run(path, out, stand_in.url)
 
 
