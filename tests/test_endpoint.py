@@ -49,7 +49,7 @@ def test_a_reply_has_text_finish_and_tokens(stand_in):
 def test_no_call_is_lost_when_a_third_of_them_fail(stand_in):
     words = [word for fault in FAULTS for word in (f"--p_{fault}", 0.04)]
     it = stand_in(*words, "--hang", 20, "--retry_after", 0.2)
-    endpoint = Endpoint(it.url, timeout=4)
+    endpoint = Endpoint(it.url, timeout=8)
     replies = ask_all(endpoint, 200)
     assert [reply.text for reply in replies] == ["yes"] * 200
     assert all(it.stats["faults"][fault] for fault in FAULTS)
