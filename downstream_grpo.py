@@ -487,7 +487,7 @@ def main():
     processor = load_processor(args.model, args.min_pixels, args.max_pixels)
     plan = prompts.make_plan(tasks, held_out, task_turns, processor, args, rank, world, device)
     reward_model = RewardModel(args, args.seed)
-    training.on_first_rank(reward_model.check)
+    training.on_all_ranks(reward_model.check)
     run = rl.start_run(args, processor, rank, world, device)
     train(run, plan, reward_model)
 

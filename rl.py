@@ -510,7 +510,7 @@ def main():
     )
     judge = ConsistencyJudge(args, args.seed)
     if not args.check:
-        training.on_first_rank(judge.check)
+        training.on_all_ranks(judge.check)
     run = start_run(args, processor, rank, world, device)
     if args.check:
         sys.exit(0 if check(run, plan.train) else 1)

@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import socket
-import sys
 from pathlib import Path
 
 import torch
@@ -86,32 +85,25 @@ def all_reduce(values, how="sum"):
     return tensor.tolist()
 
 
-def on_first_rank(check):
-    """check() on rank 0 alone. If it fails, all ranks stop, and rank 0 says why."""
-    problem = None
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        try:
-            check()
-        except Exception as error:  # whatever it is, the other ranks must not wait for this one
-            problem = error
-    failed = all_reduce(float(problem is not None), "max")
-    if problem is not None:
-        raise problem
-    if failed:
-        sys.exit(1)
+def on_all_ranks(work):
+    """work() on each rank. If it fails on any, all raise the first rank's error."""
+    try:
+        result, error = work(), None
+    except Exception as problem:  # whatever it is, the other ranks must not wait for this one
+        result, error = None, problem
+    reason = first_error(error)
+    if reason is not None:
+        raise InputError(reason)
+    return result
 
 
 def wait_or_stop(wait, save):
     """wait(); if it fails on any rank, as with a dead judge, all write a checkpoint and stop."""
     try:
-        found, error = wait(), None
-    except Exception as problem:  # whatever it is, the other ranks must not wait for this one
-        found, error = None, problem
-    reason = first_error(error)
-    if reason is not None:
+        return on_all_ranks(wait)
+    except InputError as error:
         save()
-        raise InputError(f"stopped, with a checkpoint: {reason}")
-    return found
+        raise InputError(f"stopped, with a checkpoint: {error}") from None
 
 
 def first_error(error):
