@@ -209,13 +209,13 @@ def total_drops(counts):
     return {reason: int(total) for reason, total in zip(counts, totals)}
 
 
-def check_something_learned(batches, drops, context):
-    """A run whose pairs were all dropped has trained nothing; the weights are those of --model."""
-    if sum(drops.values()) == sum(len(batch) for batch in batches):
+def check_any_left(step, pairs_left, drops, context):
+    """A step without a pair has no gradient; mostly none of the file's pairs fits."""
+    if not pairs_left:
         reasons = ", ".join(f"{reason} {count}" for reason, count in drops.items() if count)
         raise InputError(
-            f"all pairs were dropped ({reasons}), so nothing was trained and no model is saved; "
-            f"expected annotated pairs that fit into --context {context}"
+            f"step {step} has no pair left: so far were dropped {reasons}. Expected annotated "
+            f"pairs that fit into --context {context}; raise it, or remove the long ones"
         )
 
 
@@ -449,6 +449,8 @@ def main():
 
         # 5. Update by the mean over the global batch
         tokens, n = training.all_reduce([response_tokens(groups), len(groups)])
+        dropped = total_drops(state["dropped"])
+        check_any_left(step, n, dropped, args.context)
         lr = training.learning_rate(step - 1, steps, args.lr, warmup, args.schedule)
         loss_function = partial(micro_batch_loss, trainer, pad_id, tokens, n)
         local = training.micro_batches(groups, args.micro_tokens)
@@ -459,7 +461,7 @@ def main():
         row = {"loss": loss, "lr": lr, "norm": grad_norm, "pairs": int(n), "tokens": int(tokens)}
         if step == steps or step % args.eval_every == 0:
             row |= validate(trainer, processor, held_out, args)
-        row["dropped"] = total_drops(state["dropped"])
+        row["dropped"] = dropped
         log.row(step, **row, seconds=time.time() - start)
         start = time.time()
         if step < steps and args.save_every and step % args.save_every == 0:
@@ -467,7 +469,6 @@ def main():
 
     # 7. Save the model
     dropped = total_drops(state["dropped"])
-    check_something_learned(batches, dropped, args.context)
     runs.finish_run(out, policy, processor, log, PANELS, rank)
     end(out, rank, f"pairs dropped: {dropped}")
 
