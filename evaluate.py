@@ -80,7 +80,7 @@ MADE_BY += ("early_stop", "seed")
 def read_rows(args):
     """{bench: rows}, from the benchmarks' files or, without --bench, what the run in --out kept."""
     benches = read_benchmarks(args) if args.bench else read_kept_rows(args.out)
-    if args.base_url:
+    if args.base_url and not args.score_only:
         rows = chain.from_iterable(benches.values())
         pictures.check_may_be_sent(rows, [path for _, path in args.bench], args)
     return benches

@@ -222,6 +222,8 @@ def test_rows_of_a_folder_of_others_send_no_picture_of_this_disk(tmp_path):
         write_rows(tmp_path / "out/rows.jsonl", [row.to_json()])
         with pytest.raises(InputError, match=problem):
             evaluate.read_rows(args_of(*words))
+    # what is only scored sends nothing
+    assert len(evaluate.read_rows(args_of(*words, "--score_only"))["pairs"]) == 1
     write_rows(tmp_path / "out/rows.jsonl", [row.to_json() | {"images": []}])
     assert len(evaluate.read_rows(args_of(*words))["pairs"]) == 1
 
