@@ -468,7 +468,6 @@ def main():
             runs.save_checkpoint(out / "checkpoints", trainer, step, state)
 
     # 7. Save the model
-    dropped = total_drops(state["dropped"])
     runs.finish_run(out, policy, processor, log, PANELS, rank)
     end(out, rank, f"pairs dropped: {dropped}")
 
