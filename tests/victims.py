@@ -180,7 +180,8 @@ class Torture:
             trial.at_operations += 1
         elif status:
             trial.failed += 1
-            trial.notes.append(victim.last_words()[-500:])
             print(victim.last_words(), flush=True)
+            if trial.failed == 3:
+                raise SystemExit(f"{self.name}: three starts have failed")
         trial.left += victim.left_after_death()
         return status == 0
