@@ -239,5 +239,5 @@ def run_stage(script_name, main, if_stopped="the same command continues from her
         message = f"stopped; {if_stopped}"
     if not is_rank_0:
         # Mostly all ranks fail alike. torchrun ends those that wait here, and one line is printed.
-        time.sleep(2)
+        time.sleep(5)
     sys.exit(one_line(f"{script_name}: {message}"))
