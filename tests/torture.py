@@ -135,9 +135,11 @@ ANNOTATED = ("mix", "pairs", "sft", "rl", "dropped")
 ANNOTATED = (*[f"{name}.jsonl" for name in ANNOTATED], "report.md", "report.png")
 
 
-def annotate_words(url, out, *words):
-    preset = f"@{ROOT}/toy/annotate.args"
-    return [ROOT / "annotate.py", preset, "--base_url", url, "--out", out, *words]
+def annotate_words(world, url, out, *words):
+    train = world.data / "train"
+    data = ["--data", f"RLAIF-V={train / 'RLAIF-V'}", f"pairs={train / 'pairs.jsonl'}"]
+    server = ["--base_url", url, "--model", "toy", "--price", "0", "0"]
+    return [ROOT / "annotate.py", *data, *server, "--out", out, *words]
 
 
 def torture_annotate(world, folder, kills=200, concurrency=8):
@@ -152,10 +154,10 @@ def torture_annotate(world, folder, kills=200, concurrency=8):
     with stand_in(world, "--latency", "0.05") as url:
 
         def command(out):
-            return annotate_words(url, out, "--limit", "120", "--concurrency", concurrency)
+            return annotate_words(world, url, out, "--limit", "80", "--concurrency", concurrency)
 
-        what = f"annotate.py, 120 pairs, {concurrency} calls at once"
-        trial = Torture("annotate", what, command, result, folder, cwd=world.folder).run(kills)
+        what = f"annotate.py, 80 pairs, {concurrency} calls at once"
+        trial = Torture("annotate", what, command, result, folder).run(kills)
         requests = counts(url)["requests"]
     again = requests - replies["kept"]
     trial.failed += replies["twice"] > 0 or again > concurrency * trial.kills
@@ -272,8 +274,8 @@ def torture_faults(world, folder):
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
         with stand_in(world, "--latency", "0.02", *faults) as url:
-            words = annotate_words(url, out / "out", "--concurrency", "64")
-            victim = Victim(words, out, world.folder, out / "out")
+            words = annotate_words(world, url, out / "out", "--concurrency", "64")
+            victim = Victim(words, out, out=out / "out")
             trial.failed += victim.wait() != 0
             trial.left += victim.left_after_death()
             if faults:

@@ -159,9 +159,10 @@ class Torture:
             if self.trial.kills >= kills or starts == self.IN_A_ROW:
                 ended = self.start(out)
             elif self.rng.random() < 0.5:
-                ended = self.start(out, die_at=self.rng.randint(1, self.operations))
+                # the first ones more often: a run that was killed before has fewer of them to do
+                ended = self.start(out, die_at=int(self.operations ** self.rng.random()))
             else:
-                ended = self.start(out, seconds=self.rng.uniform(0.1, 1.05) * self.duration)
+                ended = self.start(out, seconds=self.rng.uniform(0.1, 0.9) * self.duration)
             starts += 1
 
     def start(self, out, die_at=0, seconds=None):
