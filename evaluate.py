@@ -53,9 +53,8 @@ from collections import Counter, defaultdict
 from datetime import timedelta
 from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
 
-from core import files, flags, judging, pictures, scoring, training
+from core import files, flags, judge_in_python, judging, pictures, scoring, training
 from core.judgements import (
     BenchmarkRow,
     Protocol,
@@ -238,14 +237,7 @@ def load_reward_heads(args):
     return judging.RewardHeads(policy, processor, device, args.max_new_tokens)
 
 
-class Decision(NamedTuple):
-    choice: int | None  # 1 or 2, the better answer
-    probability: float  # its share of the votes
-    votes: tuple  # for 1, for 2, none
-    reasoning: str  # of a sample that chose so
-
-
-class Judge:
+class Judge(judge_in_python.Judge):
     """
     A judge in Python: judge = Judge("out/rl"), or Judge("NAME", base_url="http://..."); other flags
     by their names. Each pair has `samples` judgements, half of them in each order.
@@ -259,69 +251,7 @@ class Judge:
         for name, value in options.items():
             words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
         args = check_args(parser().parse_args(words))
-        self.protocol = protocol_of(args)
-        self.backend = make_backend(args)
-
-    def judgements(self, question, images, pairs):
-        """The judgements of each pair of answers, those in the order as given first."""
-        rows = []
-        for number, answers in enumerate(pairs):
-            row = BenchmarkRow(
-                id=str(number),
-                source="",
-                question=question,
-                images=[str(path) for path in images],
-                video=None,
-                responses=list(answers),
-                choice=1,  # not known; what is asked for does not depend on it
-                bench="",
-                row=number,
-                groups={},
-                set=str(number),
-            )
-            rows.append(row)
-        done = {}
-        for line in judging.collect(rows, self.backend, done, self.protocol).values():
-            raise files.InputError(f"pair {line['row']} cannot be judged: {line['reason']}")
-        judgements = [[] for _ in rows]
-        for key in sorted(done):
-            judgements[done[key].row].append(done[key])
-        return judgements
-
-    def __call__(self, question, images, answer1, answer2):
-        (judgements,) = self.judgements(question, images, [(answer1, answer2)])
-        verdicts = [judgement.verdict for judgement in judgements]
-        votes = (verdicts.count(1), verdicts.count(2), verdicts.count(None))
-        lead = votes[0] - votes[1] or sum(lead_in_log_odds(judgement) for judgement in judgements)
-        if lead == 0:
-            return Decision(None, 0.0, votes, "")
-        choice = 1 if lead > 0 else 2
-        first = verdicts.index(choice)
-        probability = votes[choice - 1] / len(verdicts)
-        return Decision(choice, probability, votes, judgements[first].text)
-
-    def rank(self, question, images, answers):
-        """Every answer against every other one, in both orders; without a verdict both get half."""
-        duels = []
-        for i in range(len(answers)):
-            duels += [(i, j) for j in range(i)]
-        pairs = [(answers[i], answers[j]) for i, j in duels]
-        points = {1: 1.0, None: 0.5, 2: 0.0}
-        won = Counter({i: 0.0 for i in range(len(answers))})
-        for (i, j), judgements in zip(duels, self.judgements(question, images, pairs)):
-            score = sum(points[judgement.verdict] for judgement in judgements)
-            share = score / len(judgements)
-            won[i] += share / (len(answers) - 1)
-            won[j] += (1 - share) / (len(answers) - 1)
-        return won.most_common()
-
-
-def lead_in_log_odds(judgement):
-    """How much surer of answer 1 than of answer 2: in a tied vote, the surer samples decide."""
-    if None in (judgement.choice, judgement.logp1, judgement.logp2):
-        return 0.0
-    log_odds = judgement.logp1 - judgement.logp2
-    return log_odds if judgement.order == 0 else -log_odds
+        super().__init__(make_backend(args), protocol_of(args))
 
 
 # --- flags, and the run
