@@ -18,6 +18,7 @@ from core.model_folder import INDEX, appears_whole, load_config, not_found
 from core.policy import load_policy, save_policy
 
 BASE = ROOT / "toy" / "base"
+MARKS = ("a", "z")  # the first and the last file to move
 NAMES = sorted(path.name for path in BASE.iterdir() if path.suffix != ".md")
 
 
@@ -28,7 +29,8 @@ def write_model(folder, mark=""):
             shutil.copy(BASE / name, part)
         (part / "reward_head").mkdir()
         save_file({"0.weight": torch.zeros(1)}, part / "reward_head" / "head.safetensors")
-        (part / "mark").write_text(mark)
+        for name in MARKS:
+            (part / name).write_text(mark)
 
 
 def is_whole(folder):
@@ -37,6 +39,10 @@ def is_whole(folder):
     except InputError:
         return False
     return True
+
+
+def marks_of(folder):
+    return {(folder / name).read_text() for name in MARKS}
 
 
 @pytest.mark.slow
@@ -54,10 +60,11 @@ def test_a_kill_at_any_file_operation_leaves_a_whole_model_or_one_that_is_refuse
         killed = killed_at(number, out, partial(write_model, out, "new"))
         if is_whole(out):
             names = {*os.listdir(out)} - {"model.part"}
-            assert names == {*NAMES, "log.jsonl", "mark", "reward_head"}
+            assert names == {*NAMES, *MARKS, "log.jsonl", "reward_head"}
+            assert len(marks_of(out)) == 1  # not half of it the old model
             assert os.listdir(out / "reward_head") == ["head.safetensors"]
         write_model(out, "new")
-        assert is_whole(out) and (out / "mark").read_text() == "new"
+        assert is_whole(out) and marks_of(out) == {"new"}
         assert not (out / "model.part").exists()
         if not killed:
             break
