@@ -25,16 +25,14 @@ Where the paper is silent:
 
 The toy, two ranks on two CPU cores:
 $ torchrun --nproc_per_node=2 rl.py @toy/rl.args --clip 1e3
-One node with 4 GPUs of 80 GB, the paper's setting (not yet run at this scale), the judge behind
-another server:
-$ torchrun --nproc_per_node=4 rl.py --clip 1e3 --data out/annotate/rl.jsonl \
-    --model out/sft --judge_url http://localhost:8000/v1 --out out/rl
+One node with 4 GPUs of 80 GB, the paper's setting (not yet run at this scale): the files are where
+the stages before it leave them, and the judge is a server on another GPU or machine:
+$ torchrun --nproc_per_node=4 rl.py --clip 1e3 --judge_url http://localhost:8000/v1
 Two nodes, on each with its NODE_RANK, with folders that both see:
 $ torchrun --nnodes=2 --node_rank=$NODE_RANK --master_addr=$HOST --master_port=29500 \
-    --nproc_per_node=4 rl.py --clip 1e3 --data out/annotate/rl.jsonl --model out/sft \
-    --out out/rl
+    --nproc_per_node=4 rl.py --clip 1e3 --judge_url http://judge:8000/v1
 Only the comparison of vLLM and the trainer, before and after syncs:
-$ python rl.py --check --model out/sft --data out/annotate/rl.jsonl
+$ python rl.py --check
 
 Reads  --model (see sft.py), --data (pairs, see annotate.py).
 Writes --out: the model, log.jsonl (a row for each step), rollouts-*.jsonl (judgements with their

@@ -34,7 +34,7 @@ def add_pair_flags(p):
     """Those of rl.py alone."""
     add = p.add_argument_group("data").add_argument
     data_help = "JSONL of pairs, see annotate.py: those that took two attempts or failed"
-    add("--data", required=True, help=data_help)
+    add("--data", default="out/annotate/rl.jsonl", help=data_help)
     add("--eval_data", help="JSONL of held-out pairs; without it there is no held-out accuracy")
     add(
         "--eval_n",

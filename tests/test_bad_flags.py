@@ -209,7 +209,7 @@ REQUIRED = """
 annotate      | --out x                  | the following arguments are required: --data
 sft           | --data x                 | the following arguments are required: --out
 sft           | --out x                  | the following arguments are required: --data
-rl            | --out x                  | --data
+rl            | --out x                  | out/annotate/rl.jsonl: no such file; expected a JSONL
 judge         | --out x                  | the following arguments are required: --data
 evaluate      | --model x                | the following arguments are required: --out
 downstream    | --out x                  | the following arguments are required: --data
