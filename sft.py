@@ -258,7 +258,7 @@ def check_finite(step, loss, grad_norm, batch, pairs, args):
     path = Path(args.out, "not_finite.json")
     ids = [pairs[number].id for number in batch]
     path.write_text(json.dumps({"step": step, "ids": ids}))
-    raise FloatingPointError(
+    raise InputError(
         f"step {step}: the loss is {loss}, the gradient norm {grad_norm}. The weights are those "
         f"before the step; the ids of its pairs are in {path}. Likely causes: --lr {args.lr} is "
         "too high, or an image or its text is broken"

@@ -17,14 +17,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, children_of, make_toy_pairs, png, wait_until_gone
+from conftest import ROOT, children_of, make_toy_pairs, wait_until_gone
 
 import sft
 from core.encoding import Sample, collate, load_processor
 from core.files import InputError
 from core.pairs import read_pairs, write_pairs
 from core.policy import load_policy
-from toy import model as toy_model
 
 TOY_PICTURES = ["--min_pixels", "3136", "--max_pixels", "12544"]
 
@@ -218,26 +217,6 @@ def test_a_run_that_is_killed_continues_bit_for_bit(toy_folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_only_the_same_settings_continue_a_run(toy_folder, tmp_path):
-    words = ["--data", toy_folder / "pairs.jsonl", "--out", tmp_path / "out", "--batch", "8"]
-    words += ["--eval_n", "0", "--save_every", "1", "--workers", "0", "--no-recompute"]
-    words += TOY_PICTURES
-    base = ["--model", toy_folder / "base"]
-    process, _ = start_sft(*base, *words)
-    while process.is_alive() and not list((tmp_path / "out").glob("checkpoints/step-*[0-9]")):
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    toy_model.make(tmp_path / "wide", 0, hidden=192)
-    error = run_sft("--model", tmp_path / "wide", *words)
-    assert error.startswith("InputError") and "number of parameters was" in error
-    assert "Use its own --model, --head and --zero, or choose another --out" in error
-    error = run_sft(*base, *words, "--lr", "1")
-    assert "lr was 1e-05, is now 1.0" in error and "or choose another --out" in error
-    assert run_sft(*base, *words) == ""
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("head", ["scalar", "critic"])
 def test_a_reward_head_learns_and_comes_back(toy_folder, tmp_path, head):
     """On pairs whose worse response ends in a mark; the saved folder scores as the trained one."""
@@ -300,8 +279,6 @@ def test_a_run_whose_pairs_were_all_dropped_saves_no_model(toy_folder, tmp_path)
 
 @pytest.mark.slow
 def test_an_error_says_where_it_is_and_what_to_do(toy_folder, tmp_path):
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
     pairs = make_toy_pairs(tmp_path, 6, seed=5, media=("image",))
     write_pairs(tmp_path / "pairs.jsonl", pairs)
     words = ["--data", tmp_path / "pairs.jsonl", "--out", tmp_path / "out", "--batch", "2"]
@@ -310,22 +287,12 @@ def test_an_error_says_where_it_is_and_what_to_do(toy_folder, tmp_path):
     # a rate at which the weights overflow
     unstable = ["--workers", "0", "--lr", "1e30", "--warmup", "0", "--clip_grad", "0"]
     error = run_sft(*base, *words, *unstable)
-    assert "FloatingPointError" in error and "--lr 1e+30 is too high" in error
+    assert error.startswith("InputError") and "--lr 1e+30 is too high" in error
     kept = json.loads((tmp_path / "out" / "not_finite.json").read_text())
     assert kept["step"] in (2, 3)
     assert len(kept["ids"]) == 2 and set(kept["ids"]) < {pair.id for pair in pairs}
-    # a picture that is none, found by a worker; then one that is not there
+    # a picture that is none, found by a worker
     broken = Path(pairs[3].images[0])
     broken.write_text("no picture")
     error = run_sft(*base, *words, "--workers", "1")
     assert "pairs.jsonl, line 4 (pair-5-3): an image cannot be read" in error
-    broken.unlink()
-    error = run_sft(*base, *words)
-    assert error.startswith("FileNotFoundError") and "pairs.jsonl, line 4 (pair-5-3)" in error
-    broken.write_bytes(png())
-    # a model that reads no images
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
-    Qwen2ForCausalLM(Qwen2Config(**sizes, **heads)).save_pretrained(tmp_path / "text")
-    error = run_sft("--model", tmp_path / "text", *words)
-    assert "is a 'qwen2' model; expected one that reads images and text" in error
