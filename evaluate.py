@@ -19,7 +19,8 @@ Differs from the paper's evaluation and from its released code:
 3) VL-RewardBench's hallucination group is found in upper and lower case: 183/749/318 rows; the
    paper's 484/448/318 are reported too
 4) rows are known by their number: ids repeat (released: resuming skips the second row of an id)
-5) a video's frames are in the order of their names (released: in that of the directory)
+5) a video's frames are in the order of their names, 32 of them or all of a shorter one (released:
+   in the order of the directory, and some frames of a shorter one twice)
 6) voting and "any" are exact expectations over all subsets of the samples, half of them in each
    order, not one draw
 Where the paper says nothing:
@@ -49,7 +50,7 @@ $ python evaluate.py --out out/eval --tally votes-a.json votes-b.json
 import argparse
 import json
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from datetime import timedelta
 from itertools import chain, islice
 from pathlib import Path
@@ -65,12 +66,12 @@ from core.judgements import (
     read_left_out,
 )
 from core.pairs import JUDGING_PROMPT
-from sources import BENCHMARKS, benchmark_rows, reading
+from sources import BENCHMARKS, benchmark_rows, checking, reading
 from viewer import pages, report
 
 # the flags that a judgement depends on
 MADE_BY = ("model", "base_url", "scores", "temperature", "max_new_tokens", "max_pixels")
-MADE_BY += ("early_stop", "seed")
+MADE_BY += ("max_frames", "early_stop", "seed")
 
 
 # --- 1. rows
@@ -93,6 +94,7 @@ def read_benchmarks(args):
         else:
             rows = benchmark_rows.rows_of_benchmark(BENCHMARKS[name], path, args.out)
         benches[name] = list(islice(rows, args.limit))
+        benchmark_rows.choose_frames(benches[name], args.max_frames)
         benchmark_rows.check_pictures(benches[name], path)
     return benches
 
@@ -108,46 +110,6 @@ def read_kept_rows(out):
         row = BenchmarkRow.from_json(line, where)
         benches[row.bench].append(row)
     return benches
-
-
-def check_data(bench, rows):
-    """What to know of a benchmark's file before its numbers are believed, as lines of text."""
-    data_set = BENCHMARKS.get(bench)
-    notes = []
-    for grouping, published in published_groups(bench).items():
-        found = Counter(row.groups[grouping] for row in rows)
-        notes.append(f"{grouping}: {list_counts(sorted(found.items()))}")
-        if found != published:
-            notes.append(f"note: the published file has {list_counts(published.items())}")
-    better_is_first = sum(row.choice == 1 for row in rows)
-    if better_is_first in (0, len(rows)):
-        which = "better" if better_is_first else "worse"
-        notes.append(
-            f"note: in this file the {which} answer is always first; --orders dataset shows it so"
-        )
-    different = {(row.question, *row.responses, *row.images) for row in rows}
-    repeated = len(rows) - len(different)
-    if repeated:
-        notes.append(f"note: {repeated} rows repeat another one")
-    empty = sum(has_empty_answer(row) for row in rows)
-    if empty:
-        notes.append(f"note: {empty} rows have an empty answer")
-    if hasattr(data_set, "check_rows"):
-        notes += data_set.check_rows(rows)
-    return notes
-
-
-def has_empty_answer(row):
-    return any(not text.strip() for text in row.responses)
-
-
-def published_groups(bench):
-    """{grouping: {group: rows}}; of pairs nothing is published."""
-    return BENCHMARKS[bench].PUBLISHED if bench in BENCHMARKS else {}
-
-
-def list_counts(counts):
-    return ", ".join(f"{name} {count}" for name, count in counts)
 
 
 # --- 2. judgements
@@ -353,6 +315,12 @@ def add_judgement_flags(add):
         help="larger images and frames are scaled down; without it: the model's own bound",
     )
     add(
+        "--max_frames",
+        type=flags.whole(1),
+        default=32,
+        help="of a video, evenly spaced, in process as through a server; released: 32",
+    )
+    add(
         "--early_stop",
         action="store_true",
         help="a row ends after three equal answers in a row, at most --samples (C.10)",
@@ -443,11 +411,11 @@ def score(benches, done, args, left_out):
     results, scores = {}, {}
     protocol = protocol_of(args)
     for bench, rows in benches.items():
-        numbers, scores[bench] = scoring.score_benchmark(
-            rows, done, protocol, published_groups(bench)
-        )
+        data_set = BENCHMARKS.get(bench)  # of pairs there is none
+        published = checking.published_groups(data_set)
+        numbers, scores[bench] = scoring.score_benchmark(rows, done, protocol, published)
         lines = [left_out[row.key] for row in rows if is_left_out(row, done, protocol, left_out)]
-        results[bench] = {"check": check_data(bench, rows), "left_out": lines} | numbers
+        results[bench] = {"check": checking.check_data(data_set, rows), "left_out": lines} | numbers
     return results, scores
 
 

@@ -30,7 +30,6 @@ from stable_reinforce import parse
 PREPARED_JOBS = 64  # jobs whose images are read ahead for vLLM
 SAMPLES_IN_FLIGHT = 512  # vLLM runs 256 at a time
 MOST_REFUSED = 8  # requests that a server refuses before it has answered any
-MAX_FRAMES = 32  # of a video, sent to a server
 TOKENS_OF_A_BATCH = 16384  # of the reward heads, padding included
 ROWS_OF_A_BATCH = 64
 LARGEST_SCORE = 1e100  # of a reward in a file
@@ -282,7 +281,7 @@ class EndpointBackend:
     async def _judge(self, job):
         turns = judging_turns(job.row, swapped=job.order == 1)
         max_pixels = self.args.max_pixels or 2**62
-        turns = await asyncio.to_thread(to_openai, turns, max_pixels, MAX_FRAMES)
+        turns = await asyncio.to_thread(to_openai, turns, max_pixels, self.args.max_frames)
         judgements = []
         for number in range(job.count):
             reply = await self._ask(turns, seed_of(job, self.args.seed) + number)

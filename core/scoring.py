@@ -323,15 +323,21 @@ def interval(values):
 
 def columns_of(accuracies, rows, weights, published):
     """
-    {column: (W,) in percent} of a method: overall, Acc+, and of each grouping the groups and their
-    mean. published: {grouping: {group: rows}}.
+    {column: (W,) in percent} of a method: overall, and of each grouping the groups and their mean;
+    the same of whole sets (Acc+), where rows are in sets. published: {grouping: {group: rows}}.
     """
     accuracy = accuracies.mean(0)
     columns = {"overall": percent(accuracy, weights)}
-    if len({row.set for row in rows}) < len(rows):
-        columns["Acc+"] = percent(_accuracy_of_sets(accuracies, rows), weights)
+    has_sets = len({row.set for row in rows}) < len(rows)
+    if has_sets:
+        accuracy_of_sets = _accuracy_of_sets(accuracies, rows)
+        columns["Acc+"] = percent(accuracy_of_sets, weights)
     for grouping in rows[0].groups:
-        columns |= _group_columns(accuracy, rows, weights, grouping, published.get(grouping, {}))
+        known = published.get(grouping, {})
+        columns |= _group_columns(accuracy, rows, weights, grouping, known)
+        if has_sets:
+            of_sets = _group_columns(accuracy_of_sets, rows, weights, grouping, known)
+            columns |= {f"Acc+ {name}": values for name, values in of_sets.items()}
     return columns
 
 
@@ -384,8 +390,11 @@ def score_benchmark(rows, done, protocol, published):
     """(every number of a benchmark as in results.json, its Scores)."""
     tally = Tally(rows, done, protocol)
     groups = {}
+    first_of_set = {row.set: row for row in reversed(tally.rows)}
     for grouping in rows[0].groups:
         groups[grouping] = dict(Counter(row.groups[grouping] for row in tally.rows))
+        in_sets = Counter(row.groups[grouping] for row in first_of_set.values())
+        groups[f"Acc+ {grouping}"] = dict(in_sets)
     result = {"about": diagnostics(tally), "groups": groups, "lines": {}, "scaling": {}}
     if not tally.rows:
         return result, Scores([], {}, published)
@@ -467,16 +476,15 @@ def _percent_of(shares):
 
 def compare(ours, theirs):
     """
-    Paired bootstrap of two Scores on the rows that both have:
-    {method: {"rows": n, column: [ours - theirs in points, low, high, p]}}.
+    Paired bootstrap of two Scores on the rows that both have, by their content: their numbers may
+    differ. {method: {"rows": n, column: [ours - theirs in points, low, high, p]}}.
     """
-    their_numbers = {(row.row, row.content()): i for i, row in enumerate(theirs.rows)}
+    their_numbers = numbers_by_content(theirs.rows)
     our_shared, their_shared = [], []
-    for number, row in enumerate(ours.rows):
-        same = their_numbers.get((row.row, row.content()))
-        if same is not None:
+    for content, number in numbers_by_content(ours.rows).items():
+        if content in their_numbers:
             our_shared.append(number)
-            their_shared.append(same)
+            their_shared.append(their_numbers[content])
     if not our_shared:
         return {}
     rows = [ours.rows[number] for number in our_shared]
@@ -494,6 +502,21 @@ def compare(ours, theirs):
             gains = our_columns[name] - their_columns[name]
             compared[method][name] = [*interval(gains), _p_value(gains[1:])]
     return compared
+
+
+def numbers_by_content(rows):
+    """
+    {(id, question, better and worse answer, which of the rows that are the same): place in the
+    list}. Two versions of a file may list the rows and the answers of a row in another order.
+    """
+    seen = Counter()
+    numbers = {}
+    for number, row in enumerate(rows):
+        better, worse = row.responses if row.choice == 1 else row.responses[::-1]
+        content = (row.id, row.question, better, worse)
+        numbers[(*content, seen[content])] = number
+        seen[content] += 1
+    return numbers
 
 
 def _p_value(resampled_gains):

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from core.endpoint import evenly_spaced
 from core.files import InputError
 from core.judgements import BenchmarkRow, row_without_empty_answers
 from core.pairs import iter_pairs, pair_from_row, row_from_pair
@@ -78,6 +79,13 @@ def find_path(folder, name):
 def check_row(row, where):
     """As a pair is checked, except that a benchmark may have an empty answer."""
     pair_from_row(row_without_empty_answers(row_from_pair(row)), where)
+
+
+def choose_frames(rows, max_frames):
+    """Whatever judges the rows sees the same frames."""
+    for row in rows:
+        if row.video:
+            row.video = evenly_spaced(row.video, max_frames)
 
 
 def check_pictures(rows, path):

@@ -78,18 +78,21 @@ def check_rows(rows):
 def overlap_z_score(rows):
     """
     Do questions share more words with their own answers than with those half the list away?
-    inf: too few words to tell.
+    inf: too few words to tell, or too few questions that differ (nocaps has a single one).
     """
-    questions = [long_words(row.question) for row in rows]
-    answers = [long_words(" ".join(row.responses)) for row in rows]
     half = len(rows) // 2
-    other_answers = answers[half:] + answers[:half]
     gains = []
-    for question, own, other in zip(questions, answers, other_answers):
-        gains.append((len(question & own) - len(question & other)) / max(1, len(question)))
+    for row, other_row in zip(rows, rows[half:] + rows[:half]):
+        if row.question == other_row.question:
+            continue
+        question = long_words(row.question)
+        own = len(question & long_words(" ".join(row.responses)))
+        other = len(question & long_words(" ".join(other_row.responses)))
+        gains.append((own - other) / max(1, len(question)))
     if np.count_nonzero(gains) < 20:
         return math.inf
-    return np.mean(gains) / np.std(gains, ddof=1) * math.sqrt(len(gains))
+    with np.errstate(divide="ignore"):  # all gains may be equal
+        return np.mean(gains) / np.std(gains, ddof=1) * math.sqrt(len(gains))
 
 
 def long_words(text):

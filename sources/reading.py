@@ -105,8 +105,10 @@ def read_records(data_set, path):
     """(where, record) of each row of a data set. A Dropped that read_row() raises is its record."""
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     for number, (where, row) in enumerate(table_rows(path, data_set.FILES)):
-        check_fields(row, data_set.FIELDS, where, data_set.NAME, data_set.KIND != "task")
+        check_fields(row, data_set.FIELDS, where, data_set.NAME)
         try:
+            if data_set.KIND == "task":
+                check_no_null(row, data_set.FIELDS)
             record = data_set.read_row(row, number, folder)
         except Dropped as dropped:
             record = dropped
@@ -124,15 +126,20 @@ def bad_row(data_set, where, problem):
     )
 
 
-def check_fields(row, fields, where, name, may_be_null=True):
+def check_fields(row, fields, where, name):
     """InputError unless the row is an object that has all fields."""
     there = row if isinstance(row, dict) else {}
     missing = [field for field in fields if field not in there]
-    if not may_be_null:
-        missing = [field for field in fields if there.get(field) is None]
     if missing:
         expected = f"an object with {', '.join(fields)}"
         raise InputError(f"{where} lacks {', '.join(missing)}; a row of {name} is {expected}")
+
+
+def check_no_null(row, fields):
+    """Dropped if one of the fields is null, as columns of a table are where there was nothing."""
+    for field in fields:
+        if row[field] is None:
+            raise Dropped(f"{field} is null")
 
 
 def table_rows(path, patterns):

@@ -249,7 +249,6 @@ SCORE_ROWS = [  # of evaluate.py --scores
 ]
 TASKS = [  # of downstream_grpo.py --data
     (None, " lacks question, answer; a row of tasks is an object with question, answer"),
-    ({"question": None}, " lacks question; a row of tasks is an object with question, answer"),
     ({"answer": LEFT_OUT}, " lacks answer; a row of tasks is an object with question, answer"),
     ({"question": 7}, " does not read as a row of tasks (TypeError('the question is 7;"),
     ({"question": ["1 + 1?"]}, " does not read as a row of tasks"),

@@ -23,7 +23,8 @@ import evaluate
 from core.files import InputError
 from core.judgements import Protocol
 from sources import BENCHMARKS, multimodal_rewardbench, vl_rewardbench
-from sources.benchmark_rows import find_pictures, rows_of_benchmark
+from sources.benchmark_rows import choose_frames, find_pictures, rows_of_benchmark
+from sources.checking import check_data
 from sources.reading import BenchmarkItem
 from toy import world
 
@@ -122,6 +123,18 @@ def test_frames_are_in_the_order_of_their_numbers(tmp_path):
     assert names == ["frame_1", "frame_2", "frame_9", "frame_10"]
 
 
+def test_every_judge_is_shown_the_same_frames(toy, tmp_path):
+    """They are chosen when rows are read, before a model or a server is asked."""
+    rows = toy_rows(toy, tmp_path, RLHF)[RLHF]
+    fewer = toy_rows(toy, tmp_path, RLHF, words=["--max_frames", 2])[RLHF]
+    videos = [(row.video, same.video) for row, same in zip(rows, fewer) if row.video]
+    assert videos and all(len(frames) > 2 for frames, _ in videos)
+    assert all(two == [frames[0], frames[-1]] for frames, two in videos)
+    row = dataclasses.replace(make_row(0), video=[f"{i}.png" for i in range(100)])
+    choose_frames([row], 32)
+    assert row.video == [f"{99 * i // 31}.png" for i in range(32)]
+
+
 GOOD = {
     VL: {
         "id": "svit-1",
@@ -180,23 +193,61 @@ def test_the_check_sees_answers_of_other_questions():
         row = make_row(i, bench=MM, groups={"columns": "correctness"}, responses=responses)
         question = f"What about this {word} then?"
         rows.append(dataclasses.replace(row, id=f"visitbench_{i}", question=question))
-    assert not any("WARNING" in note for note in evaluate.check_data(MM, rows))
+    assert not any("WARNING" in note for note in check_data(multimodal_rewardbench, rows))
     moved = []
     for i, row in enumerate(rows):
         moved.append(dataclasses.replace(row, question=rows[(i + 7) % 120].question))
-    notes = evaluate.check_data(MM, moved)
+    notes = check_data(multimodal_rewardbench, moved)
     assert any("WARNING: the visitbench questions" in note for note in notes)
+
+
+def test_the_check_does_not_warn_of_a_kind_with_a_single_question():
+    """nocaps and image2struct ask the same of every picture."""
+    rng = random.Random(0)
+    words = ["shows", "caption", "picture", "detailed", "image", "please"]
+    rows = []
+    for i in range(120):
+        responses = [" ".join(rng.sample(words, 3)), " ".join(rng.sample(words, 3))]
+        row = make_row(i, bench=MM, groups={"columns": "correctness"}, responses=responses)
+        question = "Please write a detailed caption of this image."
+        rows.append(dataclasses.replace(row, id=f"nocaps_{i}", question=question))
+    assert not any("WARNING" in note for note in check_data(multimodal_rewardbench, rows))
 
 
 def test_the_check_counts_groups_orders_and_empty_answers(toy, tmp_path):
     benches = toy_rows(toy, tmp_path, VL, RLHF)
-    notes = "\n".join(evaluate.check_data(VL, benches[VL]))
+    notes = "\n".join(check_data(vl_rewardbench, benches[VL]))
     assert "benchmark: general 16, hallucination 38, reasoning 16" in notes
     assert "the published file has general 183" in notes
-    notes = "\n".join(evaluate.check_data(RLHF, benches[RLHF]))
+    notes = "\n".join(check_data(BENCHMARKS[RLHF], benches[RLHF]))
     assert "the better answer is always first" in notes
-    rows = [make_row(0, responses=["", "b"]), make_row(1)]
-    assert "note: 1 rows have an empty answer" in evaluate.check_data("pairs", rows)
+    rows = [make_row(0, responses=["", "b"]), make_row(1, choice=2)]
+    assert "note: 1 rows have an empty answer" in check_data(None, rows)
+
+
+def test_the_check_notes_answers_that_are_nearly_always_on_one_side():
+    answers = [(f"a{i}", "b") for i in range(100)]
+    rows = [make_row(i, 1 + (i < 89), responses=answers[i]) for i in range(100)]
+    assert check_data(None, rows) == []
+    (note,) = check_data(None, rows[:89])
+    assert "the worse answer is always first" in note
+    (note,) = check_data(None, rows[:98])
+    assert "the worse answer is in 89 of 98 rows first" in note
+
+
+def test_the_check_knows_the_later_file_of_vl_reward_bench():
+    ids = ["hallucination_pair-1"] * 448 + ["RLAIF-V-1"] * 301
+    ids += ["mathverse_1"] * 317 + ["wildvision-battle-1"] * 181
+    rows = []
+    for number, row_id in enumerate(ids):
+        both = {"benchmark": vl_rewardbench.group_of(row_id)}
+        both["paper"] = vl_rewardbench.group_of(row_id, any_case=False)
+        rows.append(make_row(number, choice=1 + number % 2, groups=both, responses=("a", row_id)))
+    notes = check_data(vl_rewardbench, rows)
+    assert any("1247 rows as in the file that the hub has had since" in note for note in notes)
+    assert not any("published file" in note for note in notes)
+    notes = check_data(vl_rewardbench, rows[1:])
+    assert any("the published file has general 183" in note for note in notes)
 
 
 def test_an_empty_answer_is_read_and_kept(tmp_path):

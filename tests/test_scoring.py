@@ -23,6 +23,7 @@ from evaluation import (
 
 from core.judgements import Protocol
 from core.judging import collect
+from core.pairs import swap
 from core.scoring import (
     TRIVIAL,
     Tally,
@@ -300,6 +301,30 @@ def test_compared_runs_share_their_noise():
     assert same["rows"] == 300 and same["overall"] == [0, 0, 0, 1.0]
     gain, low, high, p = compare(better, worse)["one sample"]["overall"]
     assert gain == pytest.approx(10, abs=4) and 0 < low < high and p <= 0.01
+
+
+def test_runs_of_two_versions_of_a_file_are_compared_by_content():
+    """Of the other file a row is gone, so numbers differ, and answers are listed the other way."""
+    rows = [make_row(i, responses=(f"good {i}", "bad")) for i in range(30)]
+    theirs = []
+    for number, row in enumerate(rows[1:]):
+        swapped = swap(row)
+        swapped.row, swapped.set = number, str(number)
+        theirs.append(swapped)
+    theirs[3].question = "Another one?"
+    ours = scores_of(rows, always_better)
+    compared = compare(ours, scores_of(theirs, always(1)))
+    assert compared["one sample"]["rows"] == 28
+    assert compared["one sample"]["overall"][0] == 50
+    assert compare(ours, ours)["one sample"]["rows"] == 30
+
+
+def always_better(row, order, sample):
+    return says(row.choice if order == 0 else 3 - row.choice)
+
+
+def scores_of(rows, rule):
+    return score_benchmark(rows, judged(rows, TWO, rule), TWO, {})[1]
 
 
 def test_the_scaling_curve_begins_at_one_sample_and_a_coin_is_any():

@@ -15,7 +15,7 @@ from conftest import png, write_rows
 import sources
 from core.files import InputError
 from core.pictures import BadPicture
-from sources import TASKS, TRAINING, collecting, r1_reward_rl, reading
+from sources import TASKS, TRAINING, arxivqa, collecting, r1_reward_rl, reading
 from sources.reading import Dropped, FoundPair
 from toy import server
 from toy import sources as toy_sources
@@ -217,6 +217,7 @@ def test_text_that_cannot_be_sent_is_replaced(tmp_path):
 
 def test_the_examples_are_true():
     assert doctest.testmod(reading) == (0, 2)
+    assert doctest.testmod(arxivqa) == (0, 2)
 
 
 @pytest.mark.slow
@@ -406,6 +407,48 @@ def test_a_task_with_a_field_of_another_type_is_named(tmp_path, field, value, pr
     with pytest.raises(InputError, match=r"tasks\.jsonl, line 1") as error:
         list(reading.read_records(TASKS["tasks"], path))
     assert problem in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, row, reason",
+    [
+        ("tasks", {"question": None, "answer": "a"}, "question is null"),
+        ("tasks", {"question": "Q", "answer": None}, "answer is null"),
+        ("arXivQA", {"label": None}, "label is null"),
+    ],
+)
+def test_a_task_whose_field_is_null_is_dropped(tmp_path, name, row, reason):
+    row = {"id": 1, "options": ["x", "y"], "image": "a.png", "question": "Q", "label": "A"} | row
+    path = write_rows(tmp_path / "tasks.jsonl", [row])
+    ((_, record),) = reading.read_records(TASKS[name], path)
+    assert isinstance(record, Dropped) and (record.reason, record.source) == (reason, name)
+
+
+@pytest.mark.parametrize("cell", [{"bytes": png(), "path": None}, {"bytes": None, "path": "a.png"}])
+def test_a_picture_of_thinklite_may_be_a_cell_of_bytes_and_path(tmp_path, cell):
+    (tmp_path / "a.png").write_bytes(png())
+    row = {"id": 1, "problem": "<image>Q", "answer": 4, "image": cell}
+    image = TASKS["ThinkLite-VL"].read_row(row, 0, tmp_path).images[0]
+    assert image == (cell["bytes"] or str(tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize(
+    "label, options, letter",
+    [
+        ("**b**", ["Red", "Blue"], "B"),
+        ("Answer: A", ["A) Red", "B) Blue"], "A"),
+        ("- B", ["A) Red", "B) Blue"], "B"),
+        ("Blue", ["A) Red", "B) Blue"], "B"),
+        ("A blue car", ["A red car", "A blue car"], "B"),
+    ],
+)
+def test_a_label_of_arxivqa_is_read_as_it_is_spelled(label, options, letter):
+    assert arxivqa.answer_letter(label, options) == letter
+
+
+def test_the_letter_of_no_option_is_no_label():
+    with pytest.raises(Dropped, match="no label"):
+        arxivqa.answer_letter("C) 3", ["3", "4"])
 
 
 def test_texts_of_tasks_and_benchmarks_have_no_half_surrogates(tmp_path):
