@@ -28,7 +28,8 @@ Where the paper says nothing:
 8) early stopping takes the orders in turn; a sample without a verdict costs, breaks the run of
    equal ones and has no vote
 9) calibrated weighting (the paper's future work): votes of sigmoid(log-odds / T) - 1/2, with the
-   likeliest T on the other half of the rows
+   likeliest T on the other half of the rows; a verdict without log-probability, as all are that
+   only --parse lenient reads, weighs as much as the mean of the others, and nothing if calibrated
 
 The toy, on two CPU cores:
 $ python evaluate.py @toy/evaluate.args --model out/toy/rl --out out/toy/eval
@@ -163,7 +164,7 @@ def write_json_lines(path, rows):
 
 
 def protocol_of(args):
-    return Protocol(args.orders, args.samples, args.early_stop)
+    return Protocol(args.orders, args.samples, args.early_stop, args.parse)
 
 
 def has_reward_head(args):
@@ -326,6 +327,13 @@ def add_judgement_flags(add):
         help="a row ends after three equal answers in a row, at most --samples (C.10)",
     )
     add(
+        "--parse",
+        choices=("strict", "lenient"),
+        default="strict",
+        help="lenient also reads a verdict that is not a digit in an <answer> block "
+        "(core/lenient.py), of a run that is there too (--score_only); what is kept stays strict",
+    )
+    add(
         "--seed",
         type=flags.random_seed,
         default=0,
@@ -341,6 +349,10 @@ def check_args(args):
     args.orders = args.orders or "both"
     orders = 2 if args.orders == "both" else 1
     if args.scores or has_reward_head(args):  # a reward has no samples
+        if args.parse == "lenient":
+            raise files.InputError(
+                "--parse lenient reads texts, and rewards have none; leave it out"
+            )
         args.samples, args.temperature, args.early_stop = orders, 0.0, False
     if args.samples is None:
         args.samples = orders if args.temperature == 0 else 16
@@ -426,7 +438,8 @@ def is_left_out(row, done, protocol, left_out):
 
 def compare_with(folder, results, scores, args):
     """Adds to the results the differences from another run."""
-    their_args = check_args(parser().parse_args(["--score_only", "--out", folder]))
+    words = ["--score_only", "--out", folder, "--parse", args.parse]
+    their_args = check_args(parser().parse_args(words))
     if their_args.orders != args.orders:
         orders = f"its orders are {their_args.orders}, this run's {args.orders}"
         raise files.InputError(f"--compare {folder}: {orders}; give a run in the same orders")
@@ -470,7 +483,8 @@ def run(args):
     report.plot_scaling(results, out / "scaling.png")
     if args.page:
         title = f"{args.scores or args.model}: judgements"
-        items = pages.page_items(benches, done, args.page)
+        as_read = {key: protocol_of(args).read(judgement) for key, judgement in done.items()}
+        items = pages.page_items(benches, as_read, args.page)
         pages.write_page(out / "page.html", title, items, blind=False)
     if args.ab:
         theirs = read_judgements(args.ab)

@@ -45,7 +45,7 @@ class Judge:
             raise InputError(f"pair {line['row']} cannot be judged: {line['reason']}")
         judgements = [[] for _ in rows]
         for key in sorted(done):
-            judgements[done[key].row].append(done[key])
+            judgements[done[key].row].append(self.protocol.read(done[key]))
         return judgements
 
     def __call__(self, question, images, answer1, answer2):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple, get_type_hints
 
 from core.files import InputError, parse_json
+from core.lenient import lenient_choice
 from core.pairs import (
     Pair,
     encodable,
@@ -117,6 +118,16 @@ class Judgement:
             return self.choice
         return 3 - self.choice
 
+    @property
+    def lenient_choice(self):
+        """
+        As --parse lenient reads it. What was cut off has no conclusion; equal rewards are a tie,
+        known by their log-probabilities, and their text is no judgement.
+        """
+        if self.choice is not None or self.finish == "length" or self.logp1 is not None:
+            return self.choice
+        return lenient_choice(self.text)
+
 
 class LeftOut(NamedTuple):
     """What a backend yields in the place of judgements: this row can never be judged."""
@@ -156,6 +167,7 @@ class Protocol:
     orders: str  # "both" in halves; "dataset": as the file lists the answers; "chosen_first"
     samples: int  # a row, over both orders together
     early_stop: bool = False  # a row ends after three equal verdicts in a row (C.10)
+    parse: str = "strict"  # or "lenient": how verdicts are read; what is kept is always strict
 
     @property
     def n_orders(self):
@@ -174,13 +186,19 @@ class Protocol:
             keys.append((*row.key, order, sample))
         return keys
 
+    def read(self, judgement):
+        """The judgement with its verdict as this protocol reads it."""
+        if self.parse == "strict":
+            return judgement
+        return dataclasses.replace(judgement, choice=judgement.lenient_choice)
+
     def judgements_so_far(self, row, done):
         """A row's judgements in that sequence, up to the first one that is not done."""
         judgements = []
         for key in self.keys(row):
             if key not in done:
                 break
-            judgements.append(done[key])
+            judgements.append(self.read(done[key]))
         return judgements
 
     def outcome(self, judgements):

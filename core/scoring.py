@@ -121,6 +121,7 @@ class Tally:
 
     def __init__(self, rows, done, protocol):
         self.protocol = protocol
+        self.done = done
         self.judged = []  # JudgedRow
         for row in rows:
             judgements = protocol.judgements_so_far(row, done)
@@ -433,13 +434,15 @@ def diagnostics(tally):
         first, second = judged.accuracy_of_verdicts(0), judged.accuracy_of_verdicts(1)
         if not math.isnan(first + second):
             flips.append(first * (1 - second) + second * (1 - first))
-    choices = [judgement.choice for judgement in judgements]
+    kept = [tally.done[judgement.key] for judgement in judgements]
     verdicts = [judgement for judgement in judgements if judgement.choice is not None]
     numbers |= {
         "judgements": len(judgements),
         "says 1": _percent_of([judgement.choice == 1 for judgement in verdicts]),
         "flips with the order": _percent_of(flips),
-        "no verdict": _percent_of([choice is None for choice in choices]),
+        "no verdict": _percent_of([judgement.choice is None for judgement in judgements]),
+        "no verdict if read strictly": _percent_of([one.choice is None for one in kept]),
+        "no verdict if read leniently": _percent_of([one.lenient_choice is None for one in kept]),
         "truncated": _percent_of([judgement.finish == "length" for judgement in judgements]),
         "doubts itself": _percent_of([has_doubts(judgement.text) for judgement in judgements]),
         "tokens a judgement": round(float(np.mean([j.tokens for j in judgements])), 1),

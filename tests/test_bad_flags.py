@@ -124,6 +124,7 @@ rl downstream | --kl k4                  | invalid choice: 'k4' (choose from
 rl downstream | --old_logps none         | invalid choice: 'none' (choose from
 rl            | --reward_form Eq2        | invalid choice: 'Eq2' (choose from
 rl judge downstream | --judge human            | invalid choice: 'human' (choose from
+evaluate      | --parse loose            | invalid choice: 'loose' (choose from
 evaluate      | --orders chosen          | invalid choice: 'chosen' (choose from
 downstream    | --verdict maybe          | invalid choice: 'maybe' (choose from
 downstream    | --pairs 0                | expected all, ring, or how far apart
@@ -190,6 +191,7 @@ downstream    | --samples 1 --train_batch 2 | --samples is 1; --algo grpo compar
 evaluate      | --samples 3              | --samples 3: expected an even number with --orders both
 evaluate      | --temperature 0 --samples 4 | --samples 4: at --temperature 0 all samples of an
 evaluate      | --bench pairs=a pairs=b  | --bench pairs is given twice; a run takes one file of it
+evaluate      | --parse lenient --scores x | --parse lenient reads texts, and rewards have none
 evaluate      | --ab x --page 0          | --page 0 leaves no row for the page of --ab
 evaluate      | --score_only             | --score_only takes the rows of the run in --out; leave
 evaluate      | --scores scores.jsonl --base_url http://127.0.0.1:9/v1 | --scores and --base_url

@@ -36,7 +36,8 @@ def _heading(bench, result, args):
     missing = result["about"]["rows left out, not judged to the end"]
     of_all = f" of {rows + missing}" if missing else ""
     made = f"{samples} judgements a row at temperature {args['temperature']:g}"
-    return f"## {bench}: {rows}{of_all} rows, {made}, orders: {args['orders']}"
+    read = ", verdicts read leniently" if args["parse"] == "lenient" else ""
+    return f"## {bench}: {rows}{of_all} rows, {made}, orders: {args['orders']}{read}"
 
 
 def _left_out(result):
