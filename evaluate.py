@@ -2,7 +2,7 @@
 Stage 4: three benchmarks in both answer orders, and every kind of test-time scaling from one file
 of samples (section 4, C.4-C.7, C.10). For Tables 3, 4, 8, 9 and 12 and Figure 3.
 
-    benchmarks -> rows -> judgements (a model, an endpoint, or rewards made elsewhere)
+    benchmarks -> rows -> judgements (a model, an endpoint, rewards or judgements made elsewhere)
                -> results.json, table.md, scaling.png, page.html
 
 The better answer is shown first in half of the judgements and second in the other half, so a model
@@ -41,6 +41,9 @@ A model behind an endpoint (its key in OPENAI_API_KEY); a reward model of anothe
 $ python evaluate.py --base_url http://127.0.0.1:8000/v1 --model NAME --samples 2 --out out/other \\
       --bench pairs=data/dev.jsonl
 $ python evaluate.py --scores rewards.jsonl --out out/scalar --bench pairs=data/dev.jsonl
+Judgements made elsewhere, here by the paper's released script for VL-RewardBench:
+$ python evaluate.py --judgements r1_reward.jsonl --out out/released \\
+      --bench VL-RewardBench=data/VL-RewardBench/data.jsonl
 The numbers again, without a model, and the differences from another run:
 $ python evaluate.py --score_only --out out/eval --compare out/other
 Two runs side by side for people to vote on, blind (C.7), and the tally of their votes:
@@ -68,10 +71,19 @@ from core.judgements import (
 )
 from core.pairs import JUDGING_PROMPT
 from sources import BENCHMARKS, benchmark_rows, checking, reading
+from sources.given_judgements import GivenJudgements
 from viewer import pages, report
 
 # the flags that a judgement depends on
-MADE_BY = ("model", "base_url", "scores", "temperature", "max_new_tokens", "max_pixels")
+MADE_BY = (
+    "model",
+    "base_url",
+    "scores",
+    "judgements",
+    "temperature",
+    "max_new_tokens",
+    "max_pixels",
+)
 MADE_BY += ("max_frames", "early_stop", "seed")
 
 
@@ -123,6 +135,7 @@ def check_or_write_config(args, benches, done, rank=0):
     """
     config = {flag: getattr(args, flag) for flag in (*MADE_BY, "samples", "orders")}
     config["prompt"] = digest(JUDGING_PROMPT)
+    config["file"] = digest_of_given_file(args)
     config["rows"] = {}
     kept_rows = []
     for bench, rows in benches.items():
@@ -141,15 +154,21 @@ def check_or_write_config(args, benches, done, rank=0):
         write_json_lines(path.with_name("rows.jsonl"), kept_rows)
 
 
+def digest_of_given_file(args):
+    """Of --scores or --judgements: what was taken from a file is not mixed with another's."""
+    path = args.scores or args.judgements
+    return digest(Path(path).read_bytes().hex()) if path and Path(path).is_file() else ""
+
+
 def read_config(path):
     fields = dict.fromkeys((*MADE_BY, "orders"), object)
-    fields |= {"prompt": str, "samples": int, "rows": dict}
+    fields |= {"prompt": str, "file": str, "samples": int, "rows": dict}
     return files.read_object(path, fields, "Restore it, or choose another --out")
 
 
 def comparable_settings(config, other_rows):
     """What must be the same. With another --limit one run has the first rows of the other."""
-    settings = {name: config[name] for name in (*MADE_BY, "prompt")}
+    settings = {name: config[name] for name in (*MADE_BY, "prompt", "file")}
     for bench, contents in config["rows"].items():
         if bench in other_rows:
             common = min(len(contents), len(other_rows[bench]))
@@ -164,7 +183,7 @@ def write_json_lines(path, rows):
 
 
 def protocol_of(args):
-    return Protocol(args.orders, args.samples, args.early_stop, args.parse)
+    return Protocol(args.orders, args.samples, args.early_stop, args.parse, args.ties)
 
 
 def has_reward_head(args):
@@ -261,6 +280,12 @@ def add_model_flags(add):
     url_help = "an OpenAI-compatible server; without it: vLLM in this process"
     add("--base_url", type=flags.server_url, help=url_help)
     add("--scores", metavar="FILE", help="given rewards: JSON lines of bench, row, scores (two)")
+    add(
+        "--judgements",
+        metavar="FILE",
+        help="given judgements: JSON lines of bench, row or id, order or better_first, text or "
+        "choice (see sources/given_judgements.py), or those of the paper's released scripts",
+    )
     pictures.add_media_root_flag(add)
     concurrency_help = "requests to a server at a time"
     add("--concurrency", type=flags.whole(1, 10_000), default=32, help=concurrency_help)
@@ -276,6 +301,12 @@ def add_output_flags(add):
         action="store_true",
         help="ask again for the rows of left_out.jsonl (too long for --context, refused by the "
         "server); without it they are not asked for again",
+    )
+    add(
+        "--ties",
+        choices=("wrong", "half"),
+        default="wrong",
+        help="what equal rewards of the two answers count",
     )
     add("--score_only", action="store_true", help="run no model: score what is in --out")
     add(
@@ -346,6 +377,8 @@ def check_args(args):
     if args.score_only:
         take_settings_of_run(args)
     check_what_goes_together(args)
+    if args.judgements and not args.score_only:
+        return args  # the file has its own orders and samples
     args.orders = args.orders or "both"
     orders = 2 if args.orders == "both" else 1
     if args.scores or has_reward_head(args):  # a reward has no samples
@@ -370,10 +403,21 @@ def check_what_goes_together(args):
     for name in names:
         if names.count(name) > 1:
             raise files.InputError(f"--bench {name} is given twice; a run takes one file of it")
-    if args.scores and args.base_url and not args.score_only:
-        raise files.InputError("--scores and --base_url both say what judges; leave one out")
+    if not args.score_only:
+        check_what_judges(args)
     if args.ab and not args.page:
         raise files.InputError("--page 0 leaves no row for the page of --ab; expected 1 or more")
+
+
+def check_what_judges(args):
+    given = [f"--{name}" for name in ("scores", "judgements", "base_url") if getattr(args, name)]
+    if len(given) > 1:
+        raise files.InputError(f"{' and '.join(given)} both say what judges; leave one out")
+    if args.judgements:
+        for name in ("orders", "samples", "early_stop", "limit"):
+            if getattr(args, name):
+                reason = "the file of --judgements says what there is"
+                raise files.InputError(f"--{name} is of no use: {reason}; leave it out")
 
 
 def take_settings_of_run(args):
@@ -389,7 +433,7 @@ def take_settings_of_run(args):
     args.orders = args.orders or config["orders"]
 
 
-def judge_missing(args, benches, rank, world):
+def judge_missing(args, benches, given, rank, world):
     """Makes this rank's share of the judgements that are not there yet."""
     done = read_judgements(args.out)
     check_or_write_config(args, benches, done, rank)
@@ -404,7 +448,7 @@ def judge_missing(args, benches, rank, world):
         journal = files.Journal(judgements_file(args.out, rank))
         left_out_journal = files.Journal(left_out_file(args.out, rank))
         with journal, left_out_journal:
-            backend = make_backend(args)
+            backend = given or make_backend(args)
             judging.collect(own_rows, backend, done, protocol, journal, left_out_journal)
 
 
@@ -438,7 +482,7 @@ def is_left_out(row, done, protocol, left_out):
 
 def compare_with(folder, results, scores, args):
     """Adds to the results the differences from another run."""
-    words = ["--score_only", "--out", folder, "--parse", args.parse]
+    words = ["--score_only", "--out", folder, "--parse", args.parse, "--ties", args.ties]
     their_args = check_args(parser().parse_args(words))
     if their_args.orders != args.orders:
         orders = f"its orders are {their_args.orders}, this run's {args.orders}"
@@ -451,6 +495,15 @@ def compare_with(folder, results, scores, args):
             results[bench]["compared"] = compared
 
 
+def rows_of_both(benches, others):
+    """{bench: the rows that have the same number and answers in another run}."""
+    common = {}
+    for bench, rows in benches.items():
+        contents = {(row.row, row.content()) for row in others.get(bench, [])}
+        common[bench] = [row for row in rows if (row.row, row.content()) in contents]
+    return common
+
+
 def run(args):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     out = Path(args.out)
@@ -460,9 +513,15 @@ def run(args):
     # 1. rows
     benches = read_rows(args)
 
+    given = None
+    if args.judgements and not args.score_only:
+        given = GivenJudgements(args.judgements, benches)
+        benches, args.orders, args.samples = given.benches, given.orders, given.samples
+        print("\n".join(given.notes()))
+
     # 2. the judgements that are not there yet, each written as it comes
     if not args.score_only:
-        judge_missing(args, benches, rank, world)
+        judge_missing(args, benches, given, rank, world)
         if world > 1:
             wait_for_all_ranks(rank, world)
         if rank > 0:
@@ -482,13 +541,14 @@ def run(args):
     print(table)
     report.plot_scaling(results, out / "scaling.png")
     if args.page:
-        title = f"{args.scores or args.model}: judgements"
+        title = f"{report.name_of_judge(results['args'])}: judgements"
         as_read = {key: protocol_of(args).read(judgement) for key, judgement in done.items()}
         items = pages.page_items(benches, as_read, args.page)
         pages.write_page(out / "page.html", title, items, blind=False)
     if args.ab:
         theirs = read_judgements(args.ab)
-        pages.write_blind_vote(out, benches, done, theirs, args.page, args.seed)
+        common = rows_of_both(benches, read_kept_rows(args.ab))
+        pages.write_blind_vote(out, common, done, theirs, args.page, args.seed)
 
 
 def main(words=None):

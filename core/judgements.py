@@ -128,6 +128,11 @@ class Judgement:
             return self.choice
         return lenient_choice(self.text)
 
+    @property
+    def is_tie(self):
+        """Whether it comes from equal rewards."""
+        return self.choice is None and self.logp1 is not None and self.logp1 == self.logp2
+
 
 class LeftOut(NamedTuple):
     """What a backend yields in the place of judgements: this row can never be judged."""
@@ -168,6 +173,7 @@ class Protocol:
     samples: int  # a row, over both orders together
     early_stop: bool = False  # a row ends after three equal verdicts in a row (C.10)
     parse: str = "strict"  # or "lenient": how verdicts are read; what is kept is always strict
+    ties: str = "wrong"  # or "half": what equal rewards of the two answers count
 
     @property
     def n_orders(self):

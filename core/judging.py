@@ -32,6 +32,7 @@ SAMPLES_IN_FLIGHT = 512  # vLLM runs 256 at a time
 MOST_REFUSED = 8  # requests that a server refuses before it has answered any
 TOKENS_OF_A_BATCH = 16384  # of the reward heads, padding included
 ROWS_OF_A_BATCH = 64
+ESTIMATE_AFTER = 36  # judgements, of what a server will take for all of them
 LARGEST_SCORE = 1e100  # of a reward in a file
 
 
@@ -71,6 +72,7 @@ def collect(rows, backend, done, protocol, journal=None, left_out_journal=None):
             ask_for(row)  # early stopping may want more
         progress.add(judgements)
         if journal is not None:
+            progress.print_estimate_once(getattr(backend, "prompt_tokens", None))
             progress.print_now_and_then()
     return left_out
 
@@ -90,10 +92,25 @@ class Progress:
         self.total = 0
         self.made = 0
         self.tokens = 0
+        self.has_estimate = False
 
     def add(self, judgements):
         self.made += len(judgements)
         self.tokens += sum(judgement.tokens for judgement in judgements)
+
+    def print_estimate_once(self, prompt_tokens):
+        """What a server, which counts the prompts' tokens, will have cost in all."""
+        left = self.total - self.made
+        if self.has_estimate or not prompt_tokens or self.made < ESTIMATE_AFTER or not left:
+            return
+        self.has_estimate = True
+        minutes = left * (time.monotonic() - self.start) / self.made / 60
+        parts = []
+        for tokens, what in ((prompt_tokens, "read"), (self.tokens, "written")):
+            in_all = tokens * self.total / self.made
+            parts.append(f"{tokens:,} {what} so far, about {in_all:,.0f} in all")
+        estimate = f"{left} judgements left, about {minutes:.0f} minutes"
+        print(f"{estimate}; tokens: {'; '.join(parts)}", flush=True)
 
     def print_now_and_then(self):
         seconds = time.monotonic() - self.start
@@ -239,6 +256,7 @@ class EndpointBackend:
         self.loop = background_loop()  # the caller, a notebook for example, may have one running
         self.logprob_fields = {"logprobs": True, "top_logprobs": 5}
         self.has_replied = False
+        self.prompt_tokens = 0  # of all replies
         self.refused = 0  # jobs
 
     def answer(self, jobs):
@@ -285,6 +303,7 @@ class EndpointBackend:
         judgements = []
         for number in range(job.count):
             reply = await self._ask(turns, seed_of(job, self.args.seed) + number)
+            self.prompt_tokens += reply.prompt_tokens
             judgements.append(self._judgement(job, number, reply))
         return judgements
 

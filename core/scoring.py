@@ -58,14 +58,17 @@ class JudgedRow:
     row: BenchmarkRow
     judgements: list[Judgement]  # those that vote
     stopped: Stopped | None  # None: judged without early stopping
+    tie_is_half: bool = False  # equal rewards count one half
 
     def __post_init__(self):
         self.counts = [[0, 0, 0], [0, 0, 0]]  # place, kind (see Counts): samples
         self.tokens = [[0, 0, 0], [0, 0, 0]]  # the same: tokens of these samples
+        self.ties = [0, 0]  # place: those of the samples without verdict that have equal rewards
         for judgement in self.judgements:
             place, kind = self.place_of(judgement), self.kind_of(judgement)
             self.counts[place][kind] += 1
             self.tokens[place][kind] += judgement.tokens
+            self.ties[place] += judgement.is_tie
         self.places = [place for place in (0, 1) if sum(self.counts[place]) > 0]
 
     def place_of(self, judgement):
@@ -84,7 +87,8 @@ class JudgedRow:
     def accuracy(self, place):
         """Of one sample. No verdict is wrong (deviation 2)."""
         right, wrong, none = self.counts[place]
-        return _share(right, right + wrong + none)
+        halves = self.ties[place] / 2 if self.tie_is_half else 0
+        return _share(right + halves, right + wrong + none)
 
     def accuracy_of_verdicts(self, place):
         right, wrong, _ = self.counts[place]
@@ -134,7 +138,8 @@ class Tally:
                 stopped = Stopped(outcome.accuracy(row.choice), len(judgements), tokens)
                 # later samples were drawn because of what these said, so they cannot vote
                 judgements = judgements[: protocol.n_orders]
-            self.judged.append(JudgedRow(row, judgements, stopped))
+            tie_is_half = protocol.ties == "half"
+            self.judged.append(JudgedRow(row, judgements, stopped, tie_is_half))
         self.rows = [judged.row for judged in self.judged]
         self.missing = len(rows) - len(self.rows)
         self.samples = 1 if protocol.early_stop else protocol.samples  # a row, to vote with
@@ -255,7 +260,7 @@ def accuracy_by_method(tally):
         methods["better answer first"] = first[None]
         methods["better answer second"] = second[None]
     if tally.protocol.n_orders == 2:
-        methods["right in both orders"] = (first * second)[None]
+        methods["right in both orders"] = _in_both_orders(tally, first, second)[None]
     if tally.can_vote:
         for k in sorted({5, 15, samples}):
             if k <= samples:
@@ -268,6 +273,12 @@ def accuracy_by_method(tally):
         methods[f"confidence-weighted@{samples}"] = tally.weighted_votes.by_confidence()
         methods[f"calibrated@{samples}"] = tally.weighted_votes.calibrated()
     return methods | _trivial_methods(tally, first, second)
+
+
+def _in_both_orders(tally, first, second):
+    if any(any(judged.ties) for judged in tally.judged):
+        return np.minimum(first, second)  # rewards are the same in both orders, and so are ties
+    return first * second
 
 
 def _over_places(tally, first, second):
@@ -443,6 +454,7 @@ def diagnostics(tally):
         "no verdict": _percent_of([judgement.choice is None for judgement in judgements]),
         "no verdict if read strictly": _percent_of([one.choice is None for one in kept]),
         "no verdict if read leniently": _percent_of([one.lenient_choice is None for one in kept]),
+        "equal rewards": _percent_of([one.is_tie for one in judgements]) or None,
         "truncated": _percent_of([judgement.finish == "length" for judgement in judgements]),
         "doubts itself": _percent_of([has_doubts(judgement.text) for judgement in judgements]),
         "tokens a judgement": round(float(np.mean([j.tokens for j in judgements])), 1),

@@ -110,6 +110,10 @@ evaluate        | --scores folder         | folder
 evaluate        | --scores cut.jsonl      | cut.jsonl, line 1 is not JSON
 evaluate        | --scores pairs.jsonl    | pairs.jsonl, line 1: expected bench, row and scores
 evaluate        | --scores empty.jsonl    | --scores empty.jsonl lacks pairs row 0
+evaluate        | --judgements gone.jsonl | gone.jsonl: no such file or folder
+evaluate        | --judgements cut.jsonl  | cut.jsonl, line 1 is not JSON
+evaluate        | --judgements pairs.jsonl | pairs.jsonl, line 1: bench is null; expected a NAME of
+evaluate        | --judgements empty.jsonl | --judgements empty.jsonl has none of --bench pairs
 
 # --- tasks
 downstream      | --data gone.jsonl       | gone.jsonl: no such file or folder; fix the path

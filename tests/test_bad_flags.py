@@ -194,6 +194,8 @@ evaluate      | --bench pairs=a pairs=b  | --bench pairs is given twice; a run t
 evaluate      | --parse lenient --scores x | --parse lenient reads texts, and rewards have none
 evaluate      | --ab x --page 0          | --page 0 leaves no row for the page of --ab
 evaluate      | --score_only             | --score_only takes the rows of the run in --out; leave
+evaluate      | --judgements x --samples 4 | --samples is of no use: the file of --judgements says
+evaluate      | --judgements x --scores y | --scores and --judgements both say
 evaluate      | --scores scores.jsonl --base_url http://127.0.0.1:9/v1 | --scores and --base_url
 
 # --- flags in a file

@@ -118,7 +118,7 @@ RUNS = [
     # another run beside it
     ("evaluate", f"{AGAIN} --compare gone", "", None, "gone/rows.jsonl: no such file"),
     ("evaluate", f"{AGAIN} --compare file", "", None, "file/rows.jsonl"),
-    ("evaluate", "--score_only --ab gone", "", None, "--ab: the two runs share no judgement"),
+    ("evaluate", "--score_only --ab gone", "", None, "gone/rows.jsonl: no such file"),
     # votes
     ("evaluate", "--tally votes.json", "", None, "OUT/ab_key.json: no such file; give the --out"),
     ("evaluate", "--tally gone.json", "ab_key.json", KEY, "gone.json: No such file or directory"),

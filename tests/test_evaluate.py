@@ -293,12 +293,14 @@ class RefusingHandler(http.server.BaseHTTPRequestHandler):
     """Refuses every request, or those about row 1, with status 400."""
 
     refuses_all = False
+    usage = None
 
     def do_POST(self):
         request = self.rfile.read(int(self.headers["Content-Length"])).decode()
         refused = self.refuses_all or "too long" in request
         message = {"content": "<think>a</think><answer>1</answer>"}
-        body = {"choices": [{"message": message, "finish_reason": "stop"}]}
+        choice = {"message": message, "finish_reason": "stop"}
+        body = {"choices": [choice], "usage": self.usage}
         if refused:
             body = {"error": {"message": "maximum context length exceeded"}}
         body = json.dumps(body).encode()
@@ -329,6 +331,20 @@ def test_a_request_that_the_server_refuses_does_not_end_the_run():
         left_out = collect(rows, evaluate.make_backend(args), done, evaluate.protocol_of(args))
     assert list(left_out) == [rows[1].key] and len(done) == 10
     assert "maximum context length exceeded" in left_out[rows[1].key]["reason"]
+
+
+def test_the_cost_of_a_server_is_estimated_once(tmp_path, capsys):
+    rows = [make_row(i) for i in range(50)]
+    with refusing(usage={"prompt_tokens": 1000, "completion_tokens": 20}) as url:
+        args = args_of("--base_url", url, "--samples", 2, "--concurrency", 1)
+        backend, protocol = evaluate.make_backend(args), evaluate.protocol_of(args)
+        with Journal(tmp_path / "judgements.jsonl") as journal:
+            collect(rows, backend, {}, protocol, journal)
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "judgements left" in x]
+    estimate = (
+        "64 judgements left, about 0 minutes; tokens: 36,000 read so far, about 100,000 in all"
+    )
+    assert line == f"{estimate}; 720 written so far, about 2,000 in all"
 
 
 def test_a_server_that_refuses_everything_ends_the_run():
@@ -549,6 +565,12 @@ def test_rewards_from_a_file(toy, tmp_path):
     for method in ("one sample", "better answer second", "right in both orders"):
         assert value(result, method) == 70
     assert result["about"]["no verdict"] == 5 and result["about"]["flips with the order"] == 0
+    assert result["about"]["equal rewards"] == 5
+    again = ["--score_only", "--ties", "half", "--out", str(tmp_path / "out"), "--page", "0"]
+    evaluate.main(again)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    for method in ("one sample", "better answer second", "right in both orders"):
+        assert value(results["benches"]["pairs"], method) == 72.5
     for bad, problem in (
         ("\n".join(lines[1:]), "lacks pairs row 0"),
         ('{"bench": "pairs", "row": 0, "scores": [1, NaN]}', "two finite numbers"),

@@ -15,12 +15,12 @@ ALWAYS_FIRST = (
 def results_table(results):
     """results.json -> Markdown."""
     args = results["args"]
-    parts = [f"# {args['scores'] or args['model']}", ""]
+    parts = [f"# {name_of_judge(args)}", ""]
     for bench, result in results["benches"].items():
         parts += [_heading(bench, result, args), ""]
         if args["orders"] == "chosen_first":
             parts += [ALWAYS_FIRST, ""]
-        parts += _left_out(result)
+        parts += _left_out(result, args)
         if not result["lines"]:
             parts += ["No row has all its judgements yet.", ""]
             continue
@@ -31,28 +31,39 @@ def results_table(results):
     return "\n".join(parts)
 
 
+def name_of_judge(args):
+    """The file of its rewards or judgements, or the model."""
+    return args["judgements"] or args["scores"] or args["model"]
+
+
 def _heading(bench, result, args):
     rows, samples = result["about"]["rows"], args["samples"]
     missing = result["about"]["rows left out, not judged to the end"]
     of_all = f" of {rows + missing}" if missing else ""
-    made = f"{samples} judgements a row at temperature {args['temperature']:g}"
+    made = f"{samples} judgements a row"
+    if not args["judgements"]:
+        made += f" at temperature {args['temperature']:g}"
     read = ", verdicts read leniently" if args["parse"] == "lenient" else ""
+    read += ", equal rewards half right" if args["ties"] == "half" else ""
     return f"## {bench}: {rows}{of_all} rows, {made}, orders: {args['orders']}{read}"
 
 
-def _left_out(result):
+def _left_out(result, args):
     """How many rows the numbers are not of, what they would do to the first of them, and which."""
     lines = result["left_out"]
     if not lines:
         return []
     judged = result["about"]["rows"]
     total = judged + result["about"]["rows left out, not judged to the end"]
-    text = f"**WARNING: {len(lines)} of {total} rows left out: no judge took them.**"
+    reason = ", not in the file" if args["judgements"] else ": no judge took them"
+    text = f"**WARNING: {len(lines)} of {total} rows left out{reason}.**"
     if result["lines"]:
         wrong = result["lines"]["one sample"]["overall"][0] * judged / total
         text += f" With all {total - judged} rows without judgement counted as wrong, one sample "
         text += f"has {wrong:.2f} % overall."
-    text += " --retry_left_out asks for them again. All of them are in left_out.jsonl:"
+    if not args["judgements"]:
+        text += " --retry_left_out asks for them again."
+    text += " All of them are in left_out.jsonl:"
     named = [f"- {line['bench']} row {line['row']}: {line['reason']}" for line in lines[:10]]
     return [text, "", *named, ""]
 
