@@ -26,6 +26,8 @@ Where the paper says nothing, or this differs from it:
    a pair whose every verdict is wrong in both orders; its label may be the error.
 8) --mode critique: a critique of each response, for the critic of Table 5 (sft.py --head critic),
    with a prompt of ours.
+9) Any server but OpenAI's own is told to sample without top_p, top_k and penalty, whatever the
+   model's generation_config.json says; --request changes that.
 
 The toy: 6,000 pairs from seven sources. The stand-in for the annotator runs in another terminal:
 $ python toy/sources.py --out out/toy/data --seed 0
@@ -221,8 +223,6 @@ class Annotator:
                 "max_tokens": args.max_tokens,
                 "seed": len(verdicts),  # deviation 1
             }
-            request |= args.request
-            request = {name: value for name, value in request.items() if value is not None}
             reply = await self.endpoint.ask(args.model, sent, **request)
             self.failed_in_a_row = 0
             self.replies.append(pair, reply)
@@ -490,11 +490,7 @@ def add_annotator_flags(add):
     pixels_help = "larger pictures are sent scaled down (ours)"
     add("--max_pixels", type=flags.whole(1), default=1_003_520, help=pixels_help)
     add("--max_frames", type=flags.whole(1), default=8, help="of a video, evenly spaced (ours)")
-    request_help = (
-        "fields to add to each request; null removes one: "
-        '{"max_tokens": null, "max_completion_tokens": 2048}'
-    )
-    add("--request", type=flags.json_object, default={}, metavar="JSON", help=request_help)
+    flags.add_request_flag(add)
 
 
 def add_sending_flags(add):
@@ -518,7 +514,7 @@ def add_sending_flags(add):
 
 def main(words=None):
     args = parser().parse_args(words)
-    endpoint = Endpoint(args.base_url, args.timeout, args.retries)
+    endpoint = Endpoint(args.base_url, args.timeout, args.retries, args.request)
     out = Path(args.out)
     files.check_apart(out, args.model)
     out.mkdir(parents=True, exist_ok=True)

@@ -30,6 +30,8 @@ Where the paper says nothing:
 9) calibrated weighting (the paper's future work): votes of sigmoid(log-odds / T) - 1/2, with the
    likeliest T on the other half of the rows; a verdict without log-probability, as all are that
    only --parse lenient reads, weighs as much as the mean of the others, and nothing if calibrated
+10) a server is told how to sample, as vLLM in this process is: top_p 1, no top_k, no penalty, in
+   place of what the model's generation_config.json says; --request changes that
 
 The toy, on two CPU cores:
 $ python evaluate.py @toy/evaluate.args --model out/toy/rl --out out/toy/eval
@@ -75,16 +77,8 @@ from sources.given_judgements import GivenJudgements
 from viewer import pages, report
 
 # the flags that a judgement depends on
-MADE_BY = (
-    "model",
-    "base_url",
-    "scores",
-    "judgements",
-    "temperature",
-    "max_new_tokens",
-    "max_pixels",
-)
-MADE_BY += ("max_frames", "early_stop", "seed")
+MADE_BY = ("model", "base_url", "request", "scores", "judgements", "temperature", "max_new_tokens")
+MADE_BY += ("max_pixels", "max_frames", "early_stop", "seed")
 
 
 # --- 1. rows
@@ -288,6 +282,7 @@ def add_model_flags(add):
     )
     pictures.add_media_root_flag(add)
     concurrency_help = "requests to a server at a time"
+    flags.add_request_flag(add)
     add("--concurrency", type=flags.whole(1, 10_000), default=32, help=concurrency_help)
     context_help = "tokens of prompt and judgement (vLLM)"
     add("--context", type=flags.whole(1), default=16384, help=context_help)
@@ -413,6 +408,8 @@ def check_what_judges(args):
     given = [f"--{name}" for name in ("scores", "judgements", "base_url") if getattr(args, name)]
     if len(given) > 1:
         raise files.InputError(f"{' and '.join(given)} both say what judges; leave one out")
+    if args.request and not args.base_url:
+        raise files.InputError("--request is for a server; give its --base_url, or leave it out")
     if args.judgements:
         for name in ("orders", "samples", "early_stop", "limit"):
             if getattr(args, name):
@@ -471,7 +468,9 @@ def score(benches, done, args, left_out):
         published = checking.published_groups(data_set)
         numbers, scores[bench] = scoring.score_benchmark(rows, done, protocol, published)
         lines = [left_out[row.key] for row in rows if is_left_out(row, done, protocol, left_out)]
-        results[bench] = {"check": checking.check_data(data_set, rows), "left_out": lines} | numbers
+        notes = judging.warn_of_equal_samples(rows, done, args)
+        notes += checking.check_data(data_set, rows)
+        results[bench] = {"check": notes, "left_out": lines} | numbers
     return results, scores
 
 

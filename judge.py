@@ -37,7 +37,15 @@ import time
 
 from core.endpoint import Endpoint, NoReply, background_loop
 from core.files import InputError, Journal, atomic_write, check_same_settings, jsonl_rows
-from core.flags import command_line, number, random_seed, run_stage, server_url, whole
+from core.flags import (
+    add_request_flag,
+    command_line,
+    number,
+    random_seed,
+    run_stage,
+    server_url,
+    whole,
+)
 from core.seeds import uniform_from
 from stable_reinforce import parse, parse_consistency
 
@@ -125,6 +133,7 @@ class Questions:
             args.judge_url,
             args.judge_timeout,
             args.judge_retries,
+            args.judge_request,
             url_flag="--judge_url",
             model_flag="--judge_model",
         )
@@ -225,6 +234,7 @@ def add_server_flags(add, who, model, timeout):
         help=f"OpenAI-compatible server of {who}; its key, if it needs one, in OPENAI_API_KEY",
     )
     add("--judge_model", default=model, help="the model's name there (with vLLM: as it started)")
+    add_request_flag(add, "--judge_request")
     add("--judge_noise", type=number(0, 1), default=0.0, help="share of flipped answers (C.11)")
     add(
         "--judge_concurrency", type=whole(1, 10_000), default=64, help="calls at once, on each rank"
@@ -343,6 +353,8 @@ def answers_kept(judge, path):
     questions = judge.questions
     prompt = hashlib.sha256(CONSISTENCY_PROMPT.encode()).hexdigest()[:12]
     made_with = {"judge_model": judge.args.judge_model, "prompt": prompt}
+    if judge.args.judge_request:
+        made_with["judge_request"] = judge.args.judge_request
     with Journal(path) as journal:
         rows = journal.rows()
         first = next(rows, None)

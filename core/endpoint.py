@@ -25,6 +25,9 @@ MOST_TOKENS = 2**31  # that a server may claim to have read or written
 LONGEST_RETRY_AFTER = 120.0  # seconds; a server that wants more is asked again after these
 SILENCE = 5.0  # seconds until it is said what is being waited for
 SILENCE_AGAIN = 600.0  # seconds until the same is said again
+# What changes no distribution. A server such as vLLM's takes what is not stated from the model's
+# generation_config.json; Qwen2.5-VL's makes all samples the same.
+PLAIN_SAMPLING = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 @dataclass
@@ -40,13 +43,17 @@ class Reply:
 class NoReply(Exception):
     """A request that got no reply, for a reason that is not the model's."""
 
-    def __init__(self, cause, detail="", refused=False, retry_after=None):
+    def __init__(self, cause, detail="", refused=False, retry_after=None, message=""):
         self.cause = cause  # in words that are the same each time, such as "status 500"
         self.detail = detail  # what the server said, for example
         self.reason = f"{cause}: {detail}" if detail else cause
         self.refused = refused  # the server will not take this request, however often it is sent
         self.retry_after = retry_after  # seconds that the server asks for
+        self.message = message  # all that the server said, which may hold anything
         super().__init__(self.reason)
+
+    def refuses_field(self, name):
+        return self.refused and re.search(rf"\b{name}\b", self.message) is not None
 
 
 class Endpoint:
@@ -56,10 +63,19 @@ class Endpoint:
     A try takes at most `timeout` seconds in all, and what fails is sent again, `retries` times: by
     this class and not by OpenAI's client, which would wait without a word. Redirects are not
     followed, so that the key goes to no other server.
+
+    Fields of a request, the later ones win: PLAIN_SAMPLING, except at OpenAI's server, which has no
+    other defaults and does not know them all; those of the call; `request`. None removes a field.
     """
 
     def __init__(
-        self, base_url, timeout=180, retries=12, url_flag="--base_url", model_flag="--model"
+        self,
+        base_url,
+        timeout=180,
+        retries=12,
+        request=None,
+        url_flag="--base_url",
+        model_flag="--model",
     ):
         import openai
 
@@ -69,6 +85,10 @@ class Endpoint:
         self.key = read_key(base_url)
         self.timeout = timeout
         self.retries = retries
+        self.request = request or {}
+        is_openai = urlsplit(base_url).hostname == "api.openai.com"
+        self.sampling = {} if is_openai else dict(PLAIN_SAMPLING)
+        self.known_fields = set()  # of it, by the requests that were answered
         self.retried = Counter()  # what was sent again, by cause
         self.last_reply = time.monotonic()
         self.told = {}  # cause of a wait: when it was last printed
@@ -101,6 +121,32 @@ class Endpoint:
 
     async def ask_once(self, model, turns, **fields):
         """A Reply, or NoReply after a single try."""
+        fields |= self.request
+        while True:
+            stated = {name: self.sampling[name] for name in self.sampling if name not in fields}
+            sent = {name: value for name, value in (stated | fields).items() if value is not None}
+            try:
+                reply = await self._send(model, turns, sent)
+            except NoReply as failure:
+                if not self._leave_out_unknown(stated, failure):
+                    raise
+            else:
+                self.known_fields.update(stated)
+                return reply
+
+    def _leave_out_unknown(self, stated, failure):
+        """Whether the request was refused for fields of PLAIN_SAMPLING that the server lacks."""
+        new = [name for name in stated if name not in self.known_fields]
+        unknown = [name for name in new if failure.refuses_field(name)]
+        for name in unknown:
+            if self.sampling.pop(name, None) is not None:
+                say(
+                    f"{self.base_url} refuses the field {name}, which is left out from now on: a "
+                    "default that the server has for it changes its samples"
+                )
+        return bool(unknown)
+
+    async def _send(self, model, turns, fields):
         import openai
 
         timer = asyncio.get_running_loop().call_later(SILENCE, self._tell_of_silence)
@@ -120,7 +166,8 @@ class Endpoint:
         body = response.http_response.content
         reply = parse_completion(body)
         if reply is None:
-            raise NoReply("the reply was not a chat completion", self._quote(body))
+            quoted = self._quote(decoded(body))
+            raise NoReply("the reply was not a chat completion", quoted)
         self.last_reply = time.monotonic()
         return reply
 
@@ -128,7 +175,8 @@ class Endpoint:
         """What to raise for a status that is no success."""
         status = response.status_code
         failure = f"status {status}"
-        said = self._quote(error_message(response.content))
+        message = error_message(response.content)
+        said = self._quote(message)
         if status < 400:
             target = self._quote(response.headers.get("location", ""))
             return InputError(
@@ -138,13 +186,11 @@ class Endpoint:
         if status in (401, 403, 404):
             return InputError(f"{self.base_url}: {failure}: {said}; check {self.flags}")
         if status < 500 and status not in (408, 409, 429):
-            return NoReply(failure, said, refused=True)
+            return NoReply(failure, said, refused=True, message=message)
         return NoReply(failure, said, retry_after=retry_after(response.headers.get("retry-after")))
 
     def _quote(self, text):
         """What a server sent, as the terminal may see it: one line, short, without the key."""
-        if isinstance(text, bytes):
-            text = text[:2000].decode(errors="replace")
         return repr(mask(text[:2000], self.key)[:150])
 
     async def _wait(self, failure, attempt, start):
@@ -164,14 +210,18 @@ class Endpoint:
 
     def _tell(self, cause, text):
         """Says what is being waited for, each cause once in ten minutes."""
-        from tqdm import tqdm
-
         now = time.monotonic()
         if now - self.told.get(cause, -math.inf) < SILENCE_AGAIN:
             return
         self.told[cause] = now
-        with tqdm.external_write_mode():  # a progress bar moves out of the way
-            print(f"waiting for {self.base_url}: {text}", flush=True)
+        say(f"waiting for {self.base_url}: {text}")
+
+
+def say(line):
+    from tqdm import tqdm
+
+    with tqdm.external_write_mode():  # a progress bar moves out of the way
+        print(line, flush=True)
 
 
 async def bound_size(response):
@@ -255,12 +305,16 @@ def retry_after(header):
 
 
 def error_message(body):
-    """What an OpenAI-compatible server says about an error, or all that was sent."""
+    """What an OpenAI-compatible server says about an error, or the beginning of what was sent."""
     try:
         message = json.loads(body)["error"]["message"]
     except (ValueError, LookupError, TypeError, RecursionError):
-        return body
-    return message if isinstance(message, str) else body
+        return decoded(body)
+    return message if isinstance(message, str) else decoded(body)
+
+
+def decoded(body):
+    return body[:2000].decode(errors="replace")
 
 
 def parse_completion(body):

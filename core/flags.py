@@ -65,6 +65,13 @@ def json_object(text):
     raise _unexpected("""a JSON object such as '{"top_p": 0.9, "seed": null}'""", text)
 
 
+def add_request_flag(add, name="--request"):
+    """Fields of a stage's requests to a server; its client takes them as they are."""
+    example = '{"max_tokens": null, "max_completion_tokens": 2048}'
+    text = f"fields to add to each request to the server; null removes one: {example}"
+    add(name, type=json_object, default={}, metavar="JSON", help=text)
+
+
 def server_url(text):
     """
     The type of a flag: the address of an OpenAI-compatible server.

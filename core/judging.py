@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
@@ -33,6 +33,7 @@ MOST_REFUSED = 8  # requests that a server refuses before it has answered any
 TOKENS_OF_A_BATCH = 16384  # of the reward heads, padding included
 ROWS_OF_A_BATCH = 64
 ESTIMATE_AFTER = 36  # judgements, of what a server will take for all of them
+NEARLY_ALL = 0.9  # cells whose samples are one text, before it is told
 LARGEST_SCORE = 1e100  # of a reward in a file
 
 
@@ -252,7 +253,7 @@ class EndpointBackend:
 
     def __init__(self, args):
         self.args = args
-        self.server = Endpoint(args.base_url, timeout=600, retries=30)
+        self.server = Endpoint(args.base_url, timeout=600, retries=30, request=args.request)
         self.loop = background_loop()  # the caller, a notebook for example, may have one running
         self.logprob_fields = {"logprobs": True, "top_logprobs": 5}
         self.has_replied = False
@@ -334,6 +335,27 @@ class EndpointBackend:
         length = reply.completion_tokens or len(tokens)
         both = (logps.get("1"), logps.get("2"))
         return job.judgement(number, reply.text, length, reply.finish, both)
+
+
+def warn_of_equal_samples(rows, done, args):
+    """A warning, as lines of text, if a server's samples look as if it did not sample."""
+    if not args.base_url or args.temperature == 0:
+        return []
+    keys = {row.key for row in rows}
+    texts = defaultdict(list)  # of a cell: a row in one order
+    for judgement in done.values():
+        *row_key, order, _ = judgement.key
+        if tuple(row_key) in keys:
+            texts[*row_key, order].append(judgement.text)
+    cells = [of_cell for of_cell in texts.values() if len(of_cell) > 1]
+    equal = sum(len(set(of_cell)) == 1 for of_cell in cells)
+    if not cells or equal < NEARLY_ALL * len(cells):
+        return []
+    return [
+        f"**WARNING: in {equal} of {len(cells)} cells (a row in one order) all samples are the "
+        f"same text at temperature {args.temperature:g}. The server seems to ignore the sampling "
+        "settings; then voting, any and early stopping mean nothing.**"
+    ]
 
 
 # --- rewards

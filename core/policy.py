@@ -129,6 +129,7 @@ class Policy(torch.nn.Module):
         self.head_kind = head_kind
         self.head = None
         model.lm_head = LMHead(model.lm_head.weight)
+        model.generation_config = without_sampling(model.generation_config)
         base = model.base_model
         base.get_rope_index = functools.partial(continue_after_videos, base.get_rope_index)
         if head_kind:
@@ -200,6 +201,15 @@ class Policy(torch.nn.Module):
         patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         pixels = torch.zeros(side**2, patch, device=self.model.device)
         return pixels, torch.tensor([[1, side, side]], device=self.model.device)
+
+
+def without_sampling(generation_config):
+    """The tokens of a generation_config alone: no temperature, top_p, top_k or penalty."""
+    from transformers import GenerationConfig
+
+    settings = generation_config.to_dict()
+    tokens = {name: settings[name] for name in settings if name.endswith("_token_id")}
+    return GenerationConfig(**tokens)
 
 
 def distinct_pictures(batch, kind):
@@ -324,7 +334,8 @@ def check_tensors(where, missing):
 def save_policy(policy, processor, folder, rank=0):
     """
     Write the folder that from_pretrained, vLLM and load_policy read. All ranks call it, rank 0
-    writes; the model appears whole or not at all.
+    writes; the model appears whole or not at all. Its generation_config.json names tokens and
+    leaves sampling as it is.
     """
     weights = gather_weights(policy.model, rank)
     head_weights = gather_weights(policy.head, rank) if policy.head is not None else {}

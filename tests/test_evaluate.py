@@ -10,15 +10,17 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from conftest import png, write_rows
+from conftest import png, vllm_server, write_rows
 from evaluation import (
     RLHF,
     VL,
@@ -37,6 +39,7 @@ from evaluation import (
 
 import evaluate
 from core.encoding import collate, encode, encode_prompt, load_processor
+from core.endpoint import PLAIN_SAMPLING
 from core.files import InputError, Journal
 from core.judgements import LeftOut, Protocol, judgements_file, read_judgements, read_left_out
 from core.judging import RewardBackend, Rewards, collect, seed_of, verdict_index
@@ -715,6 +718,58 @@ def test_vllm_judges_and_its_log_probabilities_are_transformers(judge_model, toy
         for found, logp in zip((judgement.logp1, judgement.logp2), expected):
             worst = max(worst, abs(found - logp))
     assert 0 < worst < 1e-4  # float32 on both sides
+
+
+def cells_of_several_texts(out):
+    """Of a run's cells, a row in one order, those whose samples are not all the same."""
+    texts = defaultdict(set)
+    for judgement in read_judgements(out).values():
+        texts[judgement.row, judgement.order].add(judgement.text)
+    return sum(len(of_cell) > 1 for of_cell in texts.values())
+
+
+@pytest.mark.slow
+def test_a_server_gives_the_table_of_the_same_model_in_process(judge_model, toy, tmp_path):
+    """Though its generation_config.json makes all samples the same for who does not say how."""
+    folder = tmp_path / "model"
+    shutil.copytree(judge_model, folder)
+    with_sampling = json.loads((folder / "generation_config.json").read_text())
+    with_sampling |= model.QWENS_SAMPLING
+    (folder / "generation_config.json").write_text(json.dumps(with_sampling))
+    words = [*bench_flags(toy, "pairs"), "--limit", "12", "--samples", "16", "--page", "0"]
+    words += ["--max_new_tokens", "24"]
+    here, served, ignored = tmp_path / "here", tmp_path / "served", tmp_path / "ignored"
+    in_process = ["--model", folder, "--context", "1024", "--out", here]
+    done = subprocess.run(
+        [sys.executable, "evaluate.py", *words, *in_process],
+        cwd=ROOT,
+        env=ENV,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    # a seeded request whose prompt is processed in chunks stops vLLM on a CPU
+    at_once = ["--no-enable-chunked-prefill", "--max-num-batched-tokens", 8192]
+    at_once += ["--max-model-len", 1024]
+    with vllm_server(folder, tmp_path / "log", "judge", *at_once) as url:
+        words += ["--base_url", url, "--model", "judge"]
+        evaluate.main([*words, "--out", str(served)])
+        nothing_said = json.dumps(dict.fromkeys(PLAIN_SAMPLING))
+        evaluate.main([*words, "--out", str(ignored), "--request", nothing_said])
+
+    assert cells_of_several_texts(here) >= 18 and cells_of_several_texts(served) >= 18  # of 24
+    assert cells_of_several_texts(ignored) == 0
+    for out in (here, served, ignored):
+        table = (out / "table.md").read_text()
+        assert ("WARNING: in 24 of 24 cells" in table) == (out == ignored)
+    expected, found = (
+        json.loads((out / "results.json").read_text())["benches"]["pairs"]["lines"]
+        for out in (here, served)
+    )
+    for method in ("one sample", "voting@16", "any@16", "early stopping, at most 16"):
+        _, low, high = expected[method]["overall"]
+        assert low <= found[method]["overall"][0] <= high, method
 
 
 # --- the report

@@ -4,6 +4,7 @@ against transformers' own loss, pictures, positions, reward heads, what is saved
 """
 
 import dataclasses
+import json
 import random
 import subprocess
 import sys
@@ -345,6 +346,18 @@ def test_what_is_saved_comes_back(head, processor, tmp_path):
     assert not (tmp_path / "part").exists()
     assert (tmp_path / "reward_head").exists() == bool(head)
     assert load_processor(tmp_path).image_processor.size["longest_edge"] == 12544
+
+
+def test_a_saved_model_does_not_say_how_to_sample(processor, tmp_path):
+    """Its base does, as Qwen2.5-VL does, and a server would go by it."""
+    name = "generation_config.json"
+    of_base = json.loads((BASE / name).read_text())
+    assert of_base["top_k"] == 1 and of_base["repetition_penalty"] == 1.05
+    save_policy(load_policy(BASE), processor, tmp_path)
+    saved = json.loads((tmp_path / name).read_text())
+    assert saved.keys() == {"eos_token_id", "pad_token_id", "transformers_version"}
+    assert saved["eos_token_id"] == of_base["eos_token_id"]
+    assert saved["pad_token_id"] == of_base["pad_token_id"]
 
 
 def test_a_frozen_tower_has_no_gradient(samples):

@@ -49,6 +49,14 @@ CHAT = (
     "<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# Of Qwen2.5-VL-7B-Instruct's generation_config.json: whoever does not say how to sample gets this.
+QWENS_SAMPLING = {
+    "do_sample": True,
+    "repetition_penalty": 1.05,
+    "temperature": 0.1,
+    "top_k": 1,
+    "top_p": 0.001,
+}
 OTHER_WORDS = (
     "system\nYou are a helpful assistant.\nuser\nassistant\nWhat does the image show? "
     "What does the video show? What shows it? Which response claims equal? Repeat:"
@@ -195,7 +203,7 @@ def set_generation_config(model):
 
     text = model.config.text_config
     ids = {"eos_token_id": text.eos_token_id, "pad_token_id": text.pad_token_id}
-    model.generation_config = GenerationConfig(**ids)
+    model.generation_config = GenerationConfig(**ids, **QWENS_SAMPLING)
 
 
 def load(folder):

@@ -243,7 +243,11 @@ def generate(
         if prefix:
             append_tokens(inputs, tokenizer(prefix)["input_ids"])
         out = model.generate(
-            **inputs, max_new_tokens=max_new_tokens, suppress_tokens=forbidden, **sampling
+            **inputs,
+            **sampling,
+            repetition_penalty=1.0,
+            max_new_tokens=max_new_tokens,
+            suppress_tokens=forbidden,
         )
         out = out[:, inputs["input_ids"].shape[1] :]
         replies = tokenizer.batch_decode(out, skip_special_tokens=True)
