@@ -160,6 +160,17 @@ def test_a_line_of_the_released_scripts_of_another_file_is_named(tmp_path):
         given(tmp_path, [line | {"rewards": [1]}])
 
 
+def test_lines_of_the_released_scripts_are_shared_among_rows_that_are_the_same(tmp_path):
+    """VL-RewardBench lists a few rows twice; each of them has its own line."""
+    rows = [make_row(number) for number in (0, 0, 1)]
+    rows[1].row = 2
+    line = {"id": "id-0", "prompt": "Q?", "chosen": "x", "rejected": "yy", "rewards": [1, 0]}
+    lines = [line | {"critic": VERDICT.format(says)} for says in (1, 2, 2, 1)]
+    taken = given(tmp_path, lines, rows).given
+    texts = {key: [one.text[-10] for one in found] for key, found in taken.items()}
+    assert texts == {("pairs", 0): ["1", "2"], ("pairs", 2): ["2", "1"]}
+
+
 # --- what is refused
 
 GOOD = {"bench": "pairs", "row": 0, "order": 0, "text": VERDICT.format(1)}

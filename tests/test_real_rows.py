@@ -5,17 +5,18 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from conftest import write_rows
 from evaluation import MM, RLHF, VL, greedy, random_judge, score
 
 from sources import BENCHMARKS
 from sources.arxivqa import answer_letter
 from sources.benchmark_rows import rows_of_benchmark
 from sources.checking import check_data
+from sources.given_judgements import GivenJudgements
 from sources.reading import Dropped
 
 REAL = Path(__file__).resolve().parent.parent.parent / "shared" / "real"
-needs_real_rows = pytest.mark.skipif(not REAL.is_dir(), reason="the real rows are not here")
-pytestmark = needs_real_rows
+pytestmark = pytest.mark.skipif(not REAL.is_dir(), reason="the real rows are not here")
 
 
 def rows_of(bench, file):
@@ -78,6 +79,24 @@ def test_the_hubs_later_file_is_known():
     assert any("1247 rows as in the file that the hub has had since" in note for note in notes)
     notes = check_data(BENCHMARKS[VL], rows[1:])
     assert any("the published file has general 183" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    "bench, file",
+    [(VL, "vl/data.jsonl"), (RLHF, "mm/mm_reward_bench.jsonl"), (MM, "mrb/all_data.json")],
+)
+def test_every_row_has_its_own_line_of_the_released_scripts(bench, file, tmp_path):
+    """They write the benchmark's row with two more fields; ids repeat, and so do a few rows."""
+    text = (REAL / file).read_text()
+    rows = json.loads(text) if bench == MM else [json.loads(x) for x in text.splitlines()]
+    lines = []
+    for number, row in enumerate(rows):
+        lines.append(row | {"rewards": [0, 1], "critic": f"<answer>{number}</answer>"})
+    path = write_rows(tmp_path / "r1_reward.jsonl", lines)
+    found = GivenJudgements(path, {bench: rows_of(bench, file)}).given
+    assert [len(found[bench, number]) for number in range(len(rows))] == [1] * len(rows)
+    texts = [found[bench, number][0].text for number in range(len(rows))]
+    assert texts == [line["critic"] for line in lines]
 
 
 def spellings():

@@ -289,6 +289,21 @@ def test_the_interval_of_a_share(rows_a_set):
     assert percent == 70 and (high - low) / 2 == pytest.approx(196 * error, rel=0.1)
 
 
+def test_whole_sets_are_scored_in_each_group():
+    """Two sets of mcq, one of them all right; one of video, all right."""
+    rows = []
+    for number, name in enumerate(["mcq"] * 4 + ["video"] * 2):
+        group = {"category": name}
+        rows.append(make_row(number, groups=group, together=str(number // 2)))
+    weights = bootstrap_weights(rows)
+    columns = columns_of(np.array([[1.0, 1, 1, 0, 1, 1]]), rows, weights, {})
+    found = {name: values[0] for name, values in columns.items() if name.startswith("Acc+ ")}
+    of_groups = {"Acc+ category: mcq": 50, "Acc+ category: video": 100}
+    assert found == {"Acc+ category: macro": 75} | of_groups
+    result = score(rows, greedy("dataset"), always(1))
+    assert result["groups"]["Acc+ category"] == {"mcq": 2, "video": 1}
+
+
 def test_compared_runs_share_their_noise():
     rows = [make_row(i) for i in range(300)]
 
