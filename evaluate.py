@@ -15,7 +15,7 @@ Differs from the paper's evaluation and from its released code:
 1) both orders (released: the better answer is always first); --orders chosen_first is that
    protocol, and its table warns
 2) no verdict is wrong, and counted (released: taken for a 2, which was always wrong; in cal.py left
-   out of the denominator)
+   out of the denominator); --parse lenient also reads verdicts that are not in the format
 3) VL-RewardBench's hallucination group is found in upper and lower case: 183/749/318 rows; the
    paper's 484/448/318 are reported too
 4) rows are known by their number: ids repeat (released: resuming skips the second row of an id)
@@ -46,6 +46,9 @@ $ python evaluate.py --scores rewards.jsonl --out out/scalar --bench pairs=data/
 Judgements made elsewhere, here by the paper's released script for VL-RewardBench:
 $ python evaluate.py --judgements r1_reward.jsonl --out out/released \\
       --bench VL-RewardBench=data/VL-RewardBench/data.jsonl
+The released checkpoint, asked what its authors asked it, in both orders (not run here):
+$ python evaluate.py --model yifanzhang114/R1-Reward --prompt r1_reward --temperature 0 \\
+      --out out/r1_reward --bench VL-RewardBench=data/VL-RewardBench
 The numbers again, without a model, and the differences from another run:
 $ python evaluate.py --score_only --out out/eval --compare out/other
 Two runs side by side for people to vote on, blind (C.7), and the tally of their votes:
@@ -61,7 +64,7 @@ from datetime import timedelta
 from itertools import chain, islice
 from pathlib import Path
 
-from core import files, flags, judge_in_python, judging, pictures, scoring, training
+from core import files, flags, judge_in_python, judge_prompt, judging, pictures, scoring, training
 from core.judgements import (
     BenchmarkRow,
     Protocol,
@@ -71,7 +74,6 @@ from core.judgements import (
     read_judgements,
     read_left_out,
 )
-from core.pairs import JUDGING_PROMPT
 from sources import BENCHMARKS, benchmark_rows, checking, reading
 from sources.given_judgements import GivenJudgements
 from viewer import pages, report
@@ -128,7 +130,9 @@ def check_or_write_config(args, benches, done, rank=0):
     another --samples, --orders or --limit may continue it.
     """
     config = {flag: getattr(args, flag) for flag in (*MADE_BY, "samples", "orders")}
-    config["prompt"] = digest(JUDGING_PROMPT)
+    config["prompt"] = judge_prompt.load_prompt(args.prompt).digest()
+    if args.prompt != "paper":
+        config["prompt_name"] = args.prompt
     config["file"] = digest_of_given_file(args)
     config["rows"] = {}
     kept_rows = []
@@ -335,11 +339,21 @@ def add_judgement_flags(add):
         default=1.0,
         help="1 in C.5; 0 = greedy, the paper's main results: one sample an order",
     )
-    add("--max_new_tokens", type=flags.whole(1), default=4096, help="of a judgement")
+    names = ", ".join(judge_prompt.NAMES[1:])
+    add(
+        "--prompt",
+        default="paper",
+        metavar="NAME or FILE",
+        help=f"what the judge is asked: paper (Table 1), {names} or a TOML file, see "
+        "core/judge_prompt.py",
+    )
+    tokens_help = "of a judgement; without it: as the prompt was published, 4096 for the paper's"
+    add("--max_new_tokens", type=flags.whole(1), help=tokens_help)
     add(
         "--max_pixels",
         type=flags.whole(1),
-        help="larger images and frames are scaled down; without it: the model's own bound",
+        help="larger images and frames are scaled down; without it: the prompt's bound, if it has "
+        "one, or the model's own",
     )
     add(
         "--max_frames",
@@ -371,16 +385,17 @@ def check_args(args):
     """Fills in what follows from other flags or the run, and refuses what would mislead."""
     if args.score_only:
         take_settings_of_run(args)
+    else:
+        judge_prompt.take_published_settings(args)
     check_what_goes_together(args)
     if args.judgements and not args.score_only:
         return args  # the file has its own orders and samples
     args.orders = args.orders or "both"
     orders = 2 if args.orders == "both" else 1
     if args.scores or has_reward_head(args):  # a reward has no samples
-        if args.parse == "lenient":
-            raise files.InputError(
-                "--parse lenient reads texts, and rewards have none; leave it out"
-            )
+        if args.parse == "lenient" or args.prompt != "paper":
+            problem = "--prompt and --parse lenient are of texts, and a reward model writes none"
+            raise files.InputError(f"{problem}; leave them out")
         args.samples, args.temperature, args.early_stop = orders, 0.0, False
     if args.samples is None:
         args.samples = orders if args.temperature == 0 else 16
@@ -411,8 +426,8 @@ def check_what_judges(args):
     if args.request and not args.base_url:
         raise files.InputError("--request is for a server; give its --base_url, or leave it out")
     if args.judgements:
-        for name in ("orders", "samples", "early_stop", "limit"):
-            if getattr(args, name):
+        for name in ("orders", "samples", "early_stop", "limit", "prompt"):
+            if getattr(args, name) not in (None, False, "paper"):
                 reason = "the file of --judgements says what there is"
                 raise files.InputError(f"--{name} is of no use: {reason}; leave it out")
 
@@ -428,6 +443,7 @@ def take_settings_of_run(args):
         setattr(args, flag, config[flag])
     args.samples = args.samples or config["samples"]
     args.orders = args.orders or config["orders"]
+    args.prompt = config.get("prompt_name", "paper")
 
 
 def judge_missing(args, benches, given, rank, world):

@@ -140,6 +140,10 @@ class LeftOut(NamedTuple):
     reason: str
 
 
+def strict_choice(text):
+    return parse(text).choice
+
+
 class Job(NamedTuple):
     """Samples of a row in one order that a backend is asked for at once."""
 
@@ -148,7 +152,9 @@ class Job(NamedTuple):
     first: int  # number of the first sample
     count: int
 
-    def judgement(self, number, text, tokens=0, finish="stop", logps=(None, None)):
+    def judgement(
+        self, number, text, tokens=0, finish="stop", logps=(None, None), read=strict_choice
+    ):
         """The job's number-th judgement; its choice is read from the text."""
         return Judgement(
             bench=self.row.bench,
@@ -157,7 +163,7 @@ class Job(NamedTuple):
             order=self.order,
             sample=self.first + number,
             text=text,
-            choice=parse(text).choice,
+            choice=read(text),
             logp1=logps[0],
             logp2=logps[1],
             tokens=tokens,

@@ -20,8 +20,9 @@ import torch
 
 from core.encoding import collate, encode, encode_prompt, load_processor, prompt_ids, read_media
 from core.endpoint import Endpoint, NoReply, background_loop, to_openai
+from core.judge_prompt import load_prompt
 from core.judgements import LeftOut, digest, left_out_line
-from core.pairs import InputError, critique_turns, judging_turns, user_turn
+from core.pairs import InputError, critique_turns, user_turn
 from core.pictures import BadPicture
 from core.sampler import HFSampler, start_vllm, vllm_media
 from core.training import micro_batches
@@ -167,6 +168,7 @@ class VLLMBackend:
 
     def __init__(self, args):
         self.args = args
+        self.prompt = load_prompt(args.prompt)
         self.processor = load_processor(args.model, max_pixels=args.max_pixels)
         tokenizer = self.processor.tokenizer
         self.digits = tokenizer.encode("12", add_special_tokens=False)
@@ -213,7 +215,7 @@ class VLLMBackend:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        turns = judging_turns(job.row, swapped=job.order == 1)
+        turns = self.prompt.turns(job.row, swapped=job.order == 1)
         media = read_media(self.processor, turns)
         prompt = {"prompt_token_ids": prompt_ids(self.processor, turns)} | vllm_media(media)
         sampling = SamplingParams(
@@ -242,7 +244,8 @@ class VLLMBackend:
             there = completion.logprobs[index]
             logps = [float(there[digit].logprob) for digit in self.digits]
         finish = completion.finish_reason
-        return job.judgement(number, text, len(token_ids), finish, logps)
+        read = self.prompt.choice_of
+        return job.judgement(number, text, len(token_ids), finish, logps, read)
 
 
 # --- a server
@@ -253,6 +256,7 @@ class EndpointBackend:
 
     def __init__(self, args):
         self.args = args
+        self.prompt = load_prompt(args.prompt)
         self.server = Endpoint(args.base_url, timeout=600, retries=30, request=args.request)
         self.loop = background_loop()  # the caller, a notebook for example, may have one running
         self.logprob_fields = {"logprobs": True, "top_logprobs": 5}
@@ -298,7 +302,7 @@ class EndpointBackend:
         )
 
     async def _judge(self, job):
-        turns = judging_turns(job.row, swapped=job.order == 1)
+        turns = self.prompt.turns(job.row, swapped=job.order == 1)
         max_pixels = self.args.max_pixels or 2**62
         turns = await asyncio.to_thread(to_openai, turns, max_pixels, self.args.max_frames)
         judgements = []
@@ -334,7 +338,8 @@ class EndpointBackend:
                 )
         length = reply.completion_tokens or len(tokens)
         both = (logps.get("1"), logps.get("2"))
-        return job.judgement(number, reply.text, length, reply.finish, both)
+        read = self.prompt.choice_of
+        return job.judgement(number, reply.text, length, reply.finish, both, read)
 
 
 def warn_of_equal_samples(rows, done, args):

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from itertools import islice
@@ -252,7 +253,10 @@ def user_turn(images, video, text):
     return [{"role": "user", "content": content}]
 
 
-def judging_turns(pair, swapped=False):
+PLACEHOLDER = re.compile(r"\{(question|answer1|answer2)\}")
+
+
+def judging_turns(pair, swapped=False, prompt=JUDGING_PROMPT):
     """
     How every stage shows a pair to a judge: its pictures, then the text of Table 1.
 
@@ -264,7 +268,8 @@ def judging_turns(pair, swapped=False):
     first, second = pair.responses
     if swapped:
         first, second = second, first
-    text = JUDGING_PROMPT.format(question=pair.question, answer1=first, answer2=second)
+    texts = {"question": pair.question, "answer1": first, "answer2": second}
+    text = PLACEHOLDER.sub(lambda found: texts[found[1]], prompt)
     return user_turn(pair.images, pair.video, text)
 
 

@@ -191,9 +191,10 @@ downstream    | --samples 1 --train_batch 2 | --samples is 1; --algo grpo compar
 evaluate      | --samples 3              | --samples 3: expected an even number with --orders both
 evaluate      | --temperature 0 --samples 4 | --samples 4: at --temperature 0 all samples of an
 evaluate      | --bench pairs=a pairs=b  | --bench pairs is given twice; a run takes one file of it
-evaluate      | --parse lenient --scores x | --parse lenient reads texts, and rewards have none
+evaluate      | --parse lenient --scores x | --prompt and --parse lenient are of texts, and a
 evaluate      | --ab x --page 0          | --page 0 leaves no row for the page of --ab
 evaluate      | --score_only             | --score_only takes the rows of the run in --out; leave
+evaluate      | --judgements x --prompt r1_reward | --prompt is of no use: the file of
 evaluate      | --judgements x --samples 4 | --samples is of no use: the file of --judgements says
 evaluate      | --judgements x --scores y | --scores and --judgements both say
 evaluate      | --scores scores.jsonl --base_url http://127.0.0.1:9/v1 | --scores and --base_url

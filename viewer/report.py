@@ -43,7 +43,8 @@ def _heading(bench, result, args):
     made = f"{samples} judgements a row"
     if not args["judgements"]:
         made += f" at temperature {args['temperature']:g}"
-    read = ", verdicts read leniently" if args["parse"] == "lenient" else ""
+    read = f", prompt: {args['prompt']}" if args["prompt"] != "paper" else ""
+    read += ", verdicts read leniently" if args["parse"] == "lenient" else ""
     read += ", equal rewards half right" if args["ties"] == "half" else ""
     return f"## {bench}: {rows}{of_all} rows, {made}, orders: {args['orders']}{read}"
 
