@@ -527,12 +527,12 @@ def run(args):
 
     # 1. rows
     benches = read_rows(args)
-
     given = None
     if args.judgements and not args.score_only:
         given = GivenJudgements(args.judgements, benches)
         benches, args.orders, args.samples = given.benches, given.orders, given.samples
-        print("\n".join(given.notes()))
+        if rank == 0:
+            print("\n".join(given.notes()))
 
     # 2. the judgements that are not there yet, each written as it comes
     if not args.score_only:
