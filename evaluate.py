@@ -158,10 +158,16 @@ def digest_of_given_file(args):
     return digest(Path(path).read_bytes().hex()) if path and Path(path).is_file() else ""
 
 
+# of a run from before these flags
+EARLIER_RUNS = {"request": {}, "judgements": None, "max_frames": 32, "file": ""}
+
+
 def read_config(path):
     fields = dict.fromkeys((*MADE_BY, "orders"), object)
     fields |= {"prompt": str, "file": str, "samples": int, "rows": dict}
-    return files.read_object(path, fields, "Restore it, or choose another --out")
+    fields = {name: kind for name, kind in fields.items() if name not in EARLIER_RUNS}
+    config = files.read_object(path, fields, "Restore it, or choose another --out")
+    return EARLIER_RUNS | config
 
 
 def comparable_settings(config, other_rows):

@@ -167,6 +167,11 @@ def test_other_settings_are_refused_and_the_differences_listed(tmp_path):
     done = judged(benches["pairs"], TWO, always(1))
     check(benches, done, "--samples", 8, "--orders", "dataset")  # more of the same
     check({"pairs": benches["pairs"][:3]}, done)
+    path = tmp_path / "config.json"  # as a run wrote it before these flags were there
+    config = json.loads(path.read_text())
+    earlier = {name: config[name] for name in config if name not in evaluate.EARLIER_RUNS}
+    path.write_text(json.dumps(earlier))
+    check(benches, done)
     with pytest.raises(InputError, match=r"temperature was 1.0, is now 0.5"):
         check(benches, done, "--temperature", 0.5)
     others = [dataclasses.replace(row, choice=2) for row in benches["pairs"]]
