@@ -316,8 +316,8 @@ def torture_judge(world, folder):
                     status = victim.wait()
             status = victim.wait()
             trial.left += victim.left_after_death()
-        if faults:
-            trial.notes.append(f"{starts} starts; the first ended with: {first_line(out)}")
+            if status:
+                trial.notes.append(f"start {starts} ended with: {error_in(out)}")
         trial.failed += status != 0
         found.append(training_result("rollouts-0.jsonl")(out / "out"))
     trial.runs = 1
@@ -326,7 +326,7 @@ def torture_judge(world, folder):
     return trial
 
 
-def first_line(folder):
+def error_in(folder):
     lines = (folder / "printed.txt").read_text(errors="replace").splitlines()
     return next((line for line in lines if "rl.py:" in line), "no error")
 
