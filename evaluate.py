@@ -167,6 +167,8 @@ def read_config(path):
     fields |= {"prompt": str, "file": str, "samples": int, "rows": dict}
     fields = {name: kind for name, kind in fields.items() if name not in EARLIER_RUNS}
     config = files.read_object(path, fields, "Restore it, or choose another --out")
+    if config["base_url"] and "request" not in config:
+        config["request"] = "the server's own way of sampling"  # ours is stated since
     return EARLIER_RUNS | config
 
 

@@ -172,6 +172,11 @@ def test_other_settings_are_refused_and_the_differences_listed(tmp_path):
     earlier = {name: config[name] for name in config if name not in evaluate.EARLIER_RUNS}
     path.write_text(json.dumps(earlier))
     check(benches, done)
+    server = ["--base_url", "http://127.0.0.1:9/v1"]
+    path.write_text(json.dumps(earlier | {"base_url": server[1]}))
+    with pytest.raises(InputError, match=r"request was .the server's own way of sampling"):
+        check(benches, done, *server)
+    path.write_text(json.dumps(earlier))
     with pytest.raises(InputError, match=r"temperature was 1.0, is now 0.5"):
         check(benches, done, "--temperature", 0.5)
     others = [dataclasses.replace(row, choice=2) for row in benches["pairs"]]
