@@ -130,9 +130,8 @@ class GivenJudgements:
             self.orders = "chosen_first"
             return
         self.orders = "dataset"
-        self.benches = {
-            bench: [self._as_shown(row) for row in rows] for bench, rows in self.benches.items()
-        }
+        for bench, rows in self.benches.items():
+            self.benches[bench] = [self._as_shown(row) for row in rows]
 
     def _as_shown(self, row):
         """The row with its answers in the order in which the judge was shown them."""
