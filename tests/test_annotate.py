@@ -634,8 +634,9 @@ def test_a_hub_address_needs_a_revision(tmp_path):
 def test_a_hub_that_cannot_be_reached(tmp_path):
     """In a process of its own: the hub's client reads its address once."""
     offline = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+    words = ["--data", "POVID=hub:a/b@main", "--out", str(tmp_path), "--base_url", NOWHERE]
     done = subprocess.run(
-        [sys.executable, "annotate.py", "--data", "POVID=hub:a/b@main", "--out", str(tmp_path)],
+        [sys.executable, "annotate.py", *words],
         cwd=ROOT,
         env=os.environ | offline | {"HF_HUB_ETAG_TIMEOUT": "1"},
         capture_output=True,
