@@ -25,7 +25,7 @@ test: setup
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist worksteal
 
 test-fast: setup
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -m "not slow"
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist worksteal -m "not slow"
 
 torture: setup
 	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/torture.py
