@@ -2,7 +2,7 @@
 # make toy        the whole pipeline on the toy world, two CPU cores, about 14 minutes
 # make test       every test
 # make test-fast  the tests that start no vLLM and train nothing in a process of its own
-# make torture    kills, faults and memory, tried in numbers: results/torture.md, about an hour
+# make torture    kills, faults and memory, tried in numbers: results/torture.md, more than an hour
 # make lint       the form of the code: ruff format and ruff check, see pyproject.toml
 # make bench      speed next to what one would use instead, into results/bench.md, about 13 minutes;
 #                 fetches TRL into out/trl/.venv (5 GB)

@@ -36,7 +36,7 @@ import re
 import time
 
 from core.endpoint import Endpoint, NoReply, background_loop
-from core.files import InputError, Journal, atomic_write, check_same_settings, jsonl_rows
+from core.files import InputError, Journal, atomic_write, jsonl_rows
 from core.flags import (
     add_request_flag,
     command_line,
@@ -356,14 +356,7 @@ def answers_kept(judge, path):
     if judge.args.judge_request:
         made_with["judge_request"] = judge.args.judge_request
     with Journal(path) as journal:
-        rows = journal.rows()
-        first = next(rows, None)
-        if first is None:
-            journal.append([made_with])
-        else:
-            _, _, before = first
-            check_same_settings(path, before, made_with)
-        for where, _, row in rows:
+        for where, _, row in journal.rows_made_with(made_with):
             question, answer = read_kept_answer(row, where)
             questions.answers[question] = answer
 

@@ -149,6 +149,20 @@ class Journal:
         for offset, where, row in _rows_with_offsets(self.path):
             yield where, offset, row
 
+    def rows_made_with(self, settings):
+        """
+        (where, offset, row) for each row behind the first one, which holds the settings that all
+        of them depend on. An empty journal gets that row here; other settings are refused.
+        """
+        rows = self.rows()
+        first = next(rows, None)
+        if first is None:
+            self.append([settings])
+            return
+        _, _, before = first
+        check_same_settings(self.path, before, settings)
+        yield from rows
+
     def read(self, offset):
         """The row at an offset."""
         self.file.seek(offset)

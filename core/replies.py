@@ -4,7 +4,7 @@ import json
 from collections import defaultdict
 from dataclasses import dataclass
 
-from core.files import InputError, check_same_settings
+from core.files import InputError
 from stable_reinforce import parse
 
 
@@ -24,14 +24,10 @@ class Replies:
         self.total = 0
         self.prompt_tokens = 0
         self.completion_tokens = 0
-        rows = journal.rows()
-        first = next(rows, None)
-        if first is None:
-            journal.append([made_with])
-        else:
-            _, _, before = first
-            check_same_settings(journal.path, before, made_with)
-        ignored = [where for where, offset, row in rows if not self._take(row, where, offset)]
+        ignored = []
+        for where, offset, row in journal.rows_made_with(made_with):
+            if not self._take(row, where, offset):
+                ignored.append(where)
         if ignored:
             print(
                 f"{ignored[0]}: ignored, because this attempt is in the journal already or is one "

@@ -164,3 +164,20 @@ def test_what_only_we_can_fix_keeps_its_traceback(problem):
 
 def test_a_stage_that_is_stopped_says_that_it_can_go_on():
     assert ending(KeyboardInterrupt()) == "rl.py: stopped; the same command continues from here"
+
+
+def test_of_many_ranks_one_speaks(monkeypatch):
+    """The others wait to be ended by torchrun before they say the same, and leave Ctrl-C to it."""
+    waited = []
+    monkeypatch.setattr(flags.time, "sleep", waited.append)
+    monkeypatch.setenv("RANK", "0")
+    assert ending(InputError("fix it")) == "rl.py: fix it"
+    assert waited == []
+    monkeypatch.setenv("RANK", "1")
+    assert ending(InputError("fix it")) == "rl.py: fix it"
+    assert len(waited) == 1
+    assert ending(KeyboardInterrupt()) == 1
+    lost = RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1234")
+    assert ending(lost) == "rl.py: another rank has ended; what it printed says why"
+    with pytest.raises(RuntimeError):
+        ending(RuntimeError("shapes do not fit"))

@@ -6,7 +6,7 @@ random one of its file operations (a file opened for writing, renamed or removed
 again by the same command until it ends. What it has then written must be what a run writes that
 nobody touched. Of a run on two ranks the launcher is killed, or one of the ranks.
 
-    python tests/torture.py                   all of it, about an hour on two cores
+    python tests/torture.py                   all of it, more than an hour on two cores
     python tests/torture.py annotate sft      these alone
 
 Each trial leaves its figures in out/torture/NAME.json; results/torture.md is made of all of them.
