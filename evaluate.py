@@ -64,7 +64,17 @@ from datetime import timedelta
 from itertools import chain, islice
 from pathlib import Path
 
-from core import files, flags, judge_in_python, judge_prompt, judging, pictures, scoring, training
+from core import (
+    files,
+    flags,
+    judge_in_python,
+    judge_prompt,
+    judging,
+    lists,
+    pictures,
+    scoring,
+    training,
+)
 from core.judgements import (
     BenchmarkRow,
     Protocol,
@@ -99,10 +109,11 @@ def read_benchmarks(args):
     benches = {}
     for name, path in args.bench:
         if name == "pairs":
-            rows = benchmark_rows.rows_of_pairs(path, args.group)
+            rows = islice(benchmark_rows.rows_of_pairs(path, args.group), args.limit)
         else:
-            rows = benchmark_rows.rows_of_benchmark(BENCHMARKS[name], path, args.out)
-        benches[name] = list(islice(rows, args.limit))
+            data_set = BENCHMARKS[name]
+            rows = benchmark_rows.rows_of_benchmark(data_set, path, args.out, args.limit)
+        benches[name] = list(rows)
         benchmark_rows.choose_frames(benches[name], args.max_frames)
         benchmark_rows.check_pictures(benches[name], path)
     return benches
@@ -225,6 +236,11 @@ def load_reward_heads(args):
     return judging.RewardHeads(policy, processor, device, args.max_new_tokens)
 
 
+# flags of a run over files, which a judge in Python has no use for
+OF_RUNS = ("bench", "limit", "group", "scores", "judgements", "media_root", "out", "ties")
+OF_RUNS += ("retry_left_out", "score_only", "compare", "page", "ab", "tally")
+
+
 class Judge(judge_in_python.Judge):
     """
     A judge in Python: judge = Judge("out/rl"), or Judge("NAME", base_url="http://..."); other flags
@@ -235,6 +251,10 @@ class Judge(judge_in_python.Judge):
     """
 
     def __init__(self, model, samples=2, **options):
+        for name in OF_RUNS:
+            if name in options:
+                reason = f"{name} is for rows in files; give it to evaluate.py, --{name}"
+                raise files.InputError(f"Judge(..., {name}=...): {reason}, or leave it out")
         words = ["--model", str(model), "--samples", str(samples), "--out", os.devnull]
         for name, value in options.items():
             words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
@@ -494,7 +514,8 @@ def score(benches, done, args, left_out):
         lines = [left_out[row.key] for row in rows if is_left_out(row, done, protocol, left_out)]
         notes = judging.warn_of_equal_samples(rows, done, args)
         notes += checking.check_data(data_set, rows)
-        results[bench] = {"check": notes, "left_out": lines} | numbers
+        ranking = lists.score_lists(rows, done, protocol)
+        results[bench] = {"check": notes, "left_out": lines, "ranking": ranking} | numbers
     return results, scores
 
 

@@ -1,11 +1,11 @@
 """A judge to call from Python: a decision between two answers, an order of several."""
 
-from collections import Counter
+from operator import itemgetter
 from typing import NamedTuple
 
 from core.files import InputError
-from core.judgements import BenchmarkRow
 from core.judging import collect
+from core.lists import duel_rows, shares_won
 
 
 class Decision(NamedTuple):
@@ -22,34 +22,28 @@ class Judge:
         self.backend = backend
         self.protocol = protocol
 
-    def judgements(self, question, images, pairs):
-        """The judgements of each pair of answers, those in the order as given first."""
-        rows = []
-        for number, answers in enumerate(pairs):
-            row = BenchmarkRow(
-                id=str(number),
-                source="",
-                question=question,
-                images=[str(path) for path in images],
-                video=None,
-                responses=list(answers),
-                choice=1,  # not known; what is asked for does not depend on it
-                bench="",
-                row=number,
-                groups={},
-                set=str(number),
-            )
-            rows.append(row)
+    def judged_duels(self, question, images, answers):
+        """[(row, its judgements)] of each two answers; those in the order as given come first."""
+        rows = duel_rows(
+            answers,
+            id="",
+            source="",
+            question=question,
+            images=[str(path) for path in images],
+            video=None,
+            bench="",
+            groups={},
+        )
         done = {}
         for line in collect(rows, self.backend, done, self.protocol).values():
-            raise InputError(f"pair {line['row']} cannot be judged: {line['reason']}")
-        judgements = [[] for _ in rows]
+            raise InputError(f"answers {line['id'].strip()} cannot be judged: {line['reason']}")
+        judgements = {row.key: [] for row in rows}
         for key in sorted(done):
-            judgements[done[key].row].append(self.protocol.read(done[key]))
-        return judgements
+            judgements[key[:2]].append(self.protocol.read(done[key]))
+        return [(row, judgements[row.key]) for row in rows]
 
     def __call__(self, question, images, answer1, answer2):
-        (judgements,) = self.judgements(question, images, [(answer1, answer2)])
+        ((_, judgements),) = self.judged_duels(question, images, [answer1, answer2])
         verdicts = [judgement.verdict for judgement in judgements]
         votes = (verdicts.count(1), verdicts.count(2), verdicts.count(None))
         lead = votes[0] - votes[1] or sum(lead_in_log_odds(judgement) for judgement in judgements)
@@ -62,18 +56,10 @@ class Judge:
 
     def rank(self, question, images, answers):
         """Every answer against every other one, in both orders; without a verdict both get half."""
-        duels = []
-        for i in range(len(answers)):
-            duels += [(i, j) for j in range(i)]
-        pairs = [(answers[i], answers[j]) for i, j in duels]
-        points = {1: 1.0, None: 0.5, 2: 0.0}
-        won = Counter({i: 0.0 for i in range(len(answers))})
-        for (i, j), judgements in zip(duels, self.judgements(question, images, pairs)):
-            score = sum(points[judgement.verdict] for judgement in judgements)
-            share = score / len(judgements)
-            won[i] += share / (len(answers) - 1)
-            won[j] += (1 - share) / (len(answers) - 1)
-        return won.most_common()
+        if len(answers) < 2:
+            raise InputError(f"rank compares two answers or more, got {len(answers)}")
+        shares = shares_won(self.judged_duels(question, images, answers))
+        return sorted(enumerate(shares), key=itemgetter(1), reverse=True)
 
 
 def lead_in_log_odds(judgement):

@@ -17,6 +17,7 @@ from core.pairs import (
     pair_from_row,
     row_from_pair,
     shown,
+    swap,
 )
 from core.voting import STOP_AFTER, decide, trailing_run
 from stable_reinforce import parse
@@ -24,6 +25,15 @@ from stable_reinforce import parse
 
 def digest(*parts):
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+@dataclass
+class ListDuel:
+    """Which two answers of a list a row compares (core/lists.py)."""
+
+    list: int  # its number in the file
+    answers: list[int]  # their places in the list, from 0 on, as the row has them
+    ranks: list[int]  # of all answers of the list, 1 is the best; equal ones are ties
 
 
 @dataclass(kw_only=True)
@@ -34,10 +44,26 @@ class BenchmarkRow(Pair):
     row: int  # its number in the benchmark's file
     groups: dict[str, str]  # grouping -> the row's group: the columns of the benchmark's tables
     set: str  # rows that Acc+ takes together have the same
+    duel: ListDuel | None = None  # None: a pair of its own
 
     @property
     def key(self):
         return self.bench, self.row
+
+    @property
+    def is_decided(self):
+        """Whether one answer is known to be the better one; if not, `choice` means nothing."""
+        if self.duel is None:
+            return True
+        first, second = self.duel.answers
+        return self.duel.ranks[first] != self.duel.ranks[second]
+
+    def swapped(self):
+        """The same row with its answers in the other order."""
+        row = swap(self)
+        if self.duel:
+            row.duel = dataclasses.replace(self.duel, answers=self.duel.answers[::-1])
+        return row
 
     def content(self):
         """A digest: rows of two runs are the same if it is."""
@@ -45,11 +71,13 @@ class BenchmarkRow(Pair):
 
     def to_json(self):
         place = {"bench": self.bench, "row": self.row, "groups": self.groups, "set": self.set}
+        if self.duel:
+            place["duel"] = dataclasses.asdict(self.duel)
         return row_from_pair(self) | place
 
     @classmethod
     def from_pair(cls, pair, **place):
-        """A pair with its place in a benchmark: bench, row, groups, set."""
+        """A pair with its place in a benchmark: bench, row, groups, set, and perhaps duel."""
         fields = {field.name: getattr(pair, field.name) for field in dataclasses.fields(Pair)}
         return cls(**fields, **place)
 
@@ -64,6 +92,7 @@ class BenchmarkRow(Pair):
         pair = pair_from_row(row_without_empty_answers(row), where)
         pair.responses = encodable(row["responses"])
         pair.extra = {name: value for name, value in pair.extra.items() if name not in place}
+        place["duel"] = ListDuel(**place["duel"]) if place["duel"] else None
         return cls.from_pair(pair, **place)
 
 
@@ -71,11 +100,27 @@ def is_groups(value):
     return isinstance(value, dict) and all(is_string(group) for group in value.values())
 
 
+def is_duel(value):
+    if value is None:
+        return True
+    if not isinstance(value, dict) or set(value) != {"list", "answers", "ranks"}:
+        return False
+    answers, ranks = value["answers"], value["ranks"]
+    if not is_int_list(answers) or not is_int_list(ranks) or not is_int(value["list"]):
+        return False
+    return len(answers) == 2 and all(0 <= answer < len(ranks) for answer in answers)
+
+
+def is_int_list(value):
+    return isinstance(value, list) and all(is_int(number) for number in value)
+
+
 PLACE = {  # of a row in its benchmark: what is expected, the check
     "bench": ("a string", is_string),
     "row": ("a whole number", is_int),
     "groups": ("an object of strings", is_groups),
     "set": ("a string", is_string),
+    "duel": ("null or an object with list, answers (two places) and ranks", is_duel),
 }
 
 

@@ -423,33 +423,50 @@ def is_score_row(row):
     if not isinstance(row, dict) or not isinstance(row.get("bench"), str):
         return False
     scores = row.get("scores")
-    if type(row.get("row")) is not int or not isinstance(scores, list) or len(scores) != 2:
+    if type(row.get("row")) is not int or not isinstance(scores, list) or len(scores) < 2:
         return False
     return all(type(score) in (int, float) and abs(score) <= LARGEST_SCORE for score in scores)
 
 
 class RewardsInFile:
-    """Rewards made elsewhere: bench, row and scores of the two responses as the row lists them."""
+    """
+    Rewards made elsewhere: bench, row and scores of the two responses as the row lists them; or of
+    all responses of a list, and row is the list's number.
+    """
 
     def __init__(self, path, rows):
         self.path = path
-        self.rewards = {}
+        self.scores = {}  # key: the line's place in the file, its scores
         for where, row in rows:
             if not is_score_row(row):
-                found = json.dumps(row)[:80]
-                expected = "bench, row and scores, two finite numbers"
-                raise InputError(f"{where}: expected {expected}, got {found}")
+                raise no_scores(where, row, "two finite numbers")
             key = row["bench"], row["row"]
-            if key in self.rewards:
+            if key in self.scores:
                 raise InputError(f"{where}: {key[0]} row {key[1]} has scores already; remove one")
-            self.rewards[key] = Rewards(*map(float, row["scores"]))
+            self.scores[key] = where, row
 
     def score(self, rows):
-        for row in rows:
-            if row.key not in self.rewards:
-                there = f"it has scores for {len(self.rewards)} rows"
-                raise InputError(f"--scores {self.path} lacks {row.bench} row {row.row}; {there}")
-        return [self.rewards[row.key] for row in rows]
+        return [self._rewards(row) for row in rows]
+
+    def _rewards(self, row):
+        number, answers, expected = row.row, [0, 1], 2
+        if row.duel:
+            number, answers, expected = row.duel.list, row.duel.answers, len(row.duel.ranks)
+        if (row.bench, number) not in self.scores:
+            there = f"it has scores for {len(self.scores)} rows"
+            raise InputError(f"--scores {self.path} lacks {row.bench} row {number}; {there}")
+        where, line = self.scores[row.bench, number]
+        if len(line["scores"]) != expected:
+            count = "two" if expected == 2 else expected
+            raise no_scores(where, line, f"{count} finite numbers")
+        first, second = (float(line["scores"][answer]) for answer in answers)
+        return Rewards(first, second)
+
+
+def no_scores(where, row, expected):
+    """The error for a line that is not as expected."""
+    found = json.dumps(row)[:80]
+    return InputError(f"{where}: expected bench, row and scores, {expected}, got {found}")
 
 
 class RewardHeads:

@@ -399,15 +399,22 @@ class Scores:
 
 
 def score_benchmark(rows, done, protocol, published):
-    """(every number of a benchmark as in results.json, its Scores)."""
-    tally = Tally(rows, done, protocol)
+    """
+    (every number of a benchmark as in results.json, its Scores). Duels of equally good answers have
+    no right verdict: they count in the ranking of their list alone (core/lists.py).
+    """
+    decided = [row for row in rows if row.is_decided]
+    tally = Tally(decided, done, protocol)
     groups = {}
     first_of_set = {row.set: row for row in reversed(tally.rows)}
     for grouping in rows[0].groups:
         groups[grouping] = dict(Counter(row.groups[grouping] for row in tally.rows))
         in_sets = Counter(row.groups[grouping] for row in first_of_set.values())
         groups[f"Acc+ {grouping}"] = dict(in_sets)
-    result = {"about": diagnostics(tally), "groups": groups, "lines": {}, "scaling": {}}
+    about = diagnostics(tally)
+    if len(decided) < len(rows):
+        about["duels of equally good answers"] = len(rows) - len(decided)
+    result = {"about": about, "groups": groups, "lines": {}, "scaling": {}}
     if not tally.rows:
         return result, Scores([], {}, published)
     weights = bootstrap_weights(tally.rows)

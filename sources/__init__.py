@@ -7,7 +7,8 @@ A file has
   FILES     patterns of the files with rows in the download's folder; the first that matches counts
   FIELDS    the fields that every row must have
   read_row(row, number, folder)
-            the row as a FoundPair, a BenchmarkItem or a Task (see reading.py), or raises Dropped
+            the row as a FoundPair, a BenchmarkItem, an AnswerList or a Task (see reading.py), or
+            raises Dropped
 
 To add a data set, add a file: the folder is listed, and the name is not written anywhere else.
 """

@@ -17,6 +17,8 @@ LETTER_IN_FRONT = re.compile(r"(?:answer:)?[\s*\"'(\[-]*([A-J])\s*[.):\],]")
 
 
 def read_row(row, number, folder):
+    if None in row["options"]:
+        raise Dropped("an option is null")
     options = []
     for letter, option in zip(LETTERS, row["options"]):
         has_letter = re.match(rf"\(?{letter}[.):]", option)

@@ -1,14 +1,18 @@
 """A benchmark's file, or a file of pairs, as rows to judge."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 from core.endpoint import evenly_spaced
 from core.files import InputError
 from core.judgements import BenchmarkRow, row_without_empty_answers
+from core.lists import duel_rows
 from core.pairs import iter_pairs, pair_from_row, row_from_pair
 from core.pictures import BadPicture
 from sources.reading import (
+    AnswerList,
+    Dropped,
     bad_row,
     find_file,
     frames_in,
@@ -31,44 +35,75 @@ def rows_of_pairs(path, group):
         yield BenchmarkRow.from_pair(pair, **place)
 
 
-def rows_of_benchmark(data_set, path, out):
-    sets_by_id = getattr(data_set, "SETS_BY_ID", False)
+def rows_of_benchmark(data_set, path, out, limit=None):
+    """The rows of a benchmark, or the duels of its lists; limit: of these rows or lists."""
+    items = first_row = 0
+    dropped = Counter()
     for number, (where, item) in enumerate(read_records(data_set, path)):
-        try:
-            images, video = find_pictures(item, where, out)
-        except (BadPicture, LookupError, TypeError, AttributeError) as problem:
-            raise bad_row(data_set, where, problem) from None
-        row = BenchmarkRow(
-            id=str(item.id),
-            source=data_set.NAME,
-            question=item.question,
-            images=images,
-            video=video,
-            responses=item.responses,
-            choice=item.choice,
-            bench=data_set.NAME,
-            row=number,
-            groups=item.groups,
-            set=str(item.id) if sets_by_id else str(number),
-        )
-        check_row(row, where)
-        yield row
+        if items == limit:
+            break
+        if isinstance(item, Dropped):
+            dropped[item.reason] += 1
+            continue
+        items += 1
+        rows = rows_of_item(data_set, item, number, first_row, where, out)
+        first_row += len(rows)
+        for row in rows:
+            check_row(row, where)
+        yield from rows
+    if dropped and os.environ.get("RANK", "0") == "0":
+        print(f"{path}: {dropped.total()} rows are not taken: {dict(dropped)}")
+
+
+def rows_of_item(data_set, item, number, first_row, where, out):
+    """One row; or the duels of a list, which count from first_row on."""
+    try:
+        images, video = find_pictures(item, where, out)
+    except (BadPicture, LookupError, TypeError, AttributeError) as problem:
+        raise bad_row(data_set, where, problem) from None
+    fields = {
+        "id": str(item.id),
+        "source": data_set.NAME,
+        "question": item.question,
+        "images": images,
+        "video": video,
+        "bench": data_set.NAME,
+        "groups": item.groups,
+    }
+    if isinstance(item, AnswerList):
+        return duel_rows(item.responses, item.ranks, number, first_row, **fields)
+    sets_by_id = getattr(data_set, "SETS_BY_ID", False)
+    row = BenchmarkRow(
+        responses=item.responses,
+        choice=item.choice,
+        row=number,
+        set=str(item.id) if sets_by_id else str(number),
+        **fields,
+    )
+    return [row]
 
 
 def find_pictures(item, where, out):
     """(images, video): paths. A picture inside a table becomes a file in out/media."""
     file = where.rpartition(", ")[0]
     folder = os.path.dirname(file)
-    images, video = [], None
-    if item.image:
-        image = find_path(folder, item.image)
-        if isinstance(image, bytes):
-            image, _ = store_picture(image, Path(out, "media"))
-        images = [image]
-    if item.video:
-        path = find_path(folder, item.video)
-        video = frames_in(path) or [path]  # deviation 5
-    return images, video
+    named = item.image or []
+    if not isinstance(named, list):
+        named = [named]
+    images = [find_picture(folder, name, out) for name in named]
+    if not item.video:
+        return images, None
+    if isinstance(item.video, list):
+        return images, [find_path(folder, frame) for frame in item.video]
+    path = find_path(folder, item.video)
+    return images, frames_in(path) or [path]  # deviation 5
+
+
+def find_picture(folder, name, out):
+    image = find_path(folder, name)
+    if isinstance(image, bytes):
+        image, _ = store_picture(image, Path(out, "media"))
+    return image
 
 
 def find_path(folder, name):

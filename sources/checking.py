@@ -8,6 +8,7 @@ MOSTLY = 0.9  # share of the rows with the better answer on one side, from which
 def check_data(data_set, rows):
     """Lines of text: how many rows each group has, and what is unusual."""
     notes = count_groups(data_set, rows)
+    rows = [row for row in rows if row.is_decided]
     better_first = sum(row.choice == 1 for row in rows)
     most = max(better_first, len(rows) - better_first)
     if most >= MOSTLY * len(rows):

@@ -4,7 +4,7 @@ Judgements that were made elsewhere (evaluate.py --judgements), scored like our 
 A line of the file is one judgement of one row:
   bench           the NAME of a --bench
   row or id       the row's number in the benchmark's file, from 0 on; or its id, if no other row
-                  has the same
+                  has the same. Answers 1 and 3 of the list x are the row with the id "x 1-3"
   order           0 if the answers were shown as the row lists them, 1 if the other way round;
                   or better_first, true or false, in its place
   text or choice  what the judge said; 1 or 2, as the answers were shown, or null for no verdict.
@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from core.files import InputError
 from core.judgements import LeftOut
-from core.pairs import encodable, is_int, is_string, shown, swap
+from core.pairs import encodable, is_int, is_string, shown
 from sources.reading import table_rows
 from stable_reinforce import parse
 
@@ -139,7 +139,7 @@ class GivenJudgements:
         if not lines or lines[0].order == 0:
             return row
         self.given[row.key] = [line._replace(order=0) for line in lines]
-        return swap(row)
+        return row.swapped()
 
 
 def judgement_of(job, number, given):

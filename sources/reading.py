@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from core.files import atomic_write, jsonl_rows, parse_json
-from core.pairs import MAX_TEXT, InputError, encodable, shown
+from core.pairs import MAX_TEXT, InputError, encodable, is_int, shown
 from core.pictures import opened, upright_rgb
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # what counts as a frame in a video's folder
@@ -52,13 +52,41 @@ class BenchmarkItem:
     question: str
     responses: list[str]  # two, in the order of the row
     choice: int  # 1 or 2, the better one
-    image: str | dict | None  # a path, or a parquet cell {bytes, path}
-    video: str | None  # a folder of frames
+    image: str | dict | list | None  # a path, or a parquet cell {bytes, path}, or a list of these
+    video: str | list | None  # a folder of frames, or a list of them
     groups: dict[str, str]  # grouping -> the row's group: the columns of the benchmark's tables
 
     def __post_init__(self):
         self.question = encodable(self.question)
         self.responses = encodable(self.responses)
+
+
+@dataclass
+class AnswerList:
+    """A benchmark row with any number of answers; the fields are those of a BenchmarkItem."""
+
+    id: str | int
+    question: str
+    responses: list[str]  # two or more
+    ranks: list[int]  # of each answer: 1 is the best, 2 the next; equal ones are ties
+    image: str | dict | list | None
+    video: str | list | None
+    groups: dict[str, str]
+
+    def __post_init__(self):
+        self.question = encodable(self.question)
+        self.responses = encodable(self.responses)
+        if not isinstance(self.responses, list) or len(self.responses) < 2:
+            raise ValueError(f"responses is {shown(self.responses)}; expected two texts or more")
+        if not is_ranking(self.ranks, len(self.responses)):
+            expected = f"{len(self.responses)} whole numbers, 1 for the best, not all the same"
+            raise ValueError(f"ranks is {shown(self.ranks)}; expected {expected}")
+
+
+def is_ranking(ranks, count):
+    if not isinstance(ranks, list) or len(ranks) != count:
+        return False
+    return all(is_int(rank) for rank in ranks) and min(ranks) == 1 and max(ranks) > 1
 
 
 @dataclass
@@ -170,8 +198,12 @@ def table_files(path, patterns):
 
 
 def json_rows(path):
+    """Of a file that is a list of rows, or an object of one, as {"pairs": [...]}."""
     expected = "one list of objects"
     table = parse_json(path.read_bytes(), path, expected)
+    if isinstance(table, dict) and len(table) == 1:
+        (inner,) = table.values()
+        table = inner if isinstance(inner, list) else table
     if not isinstance(table, list):
         raise InputError(f"{path}: expected {expected}, got {type(table).__name__}")
     for number, row in enumerate(table, 1):
@@ -249,15 +281,20 @@ def find_file(folder, name, *subfolders):
 
 def find_images_or_video(row, folder):
     """(images, video) of a row with image, images or video (a folder or a list of frames)."""
-    video = row.get("video")
-    if video and isinstance(video, list):
+    images, video = named_pictures(row)
+    if isinstance(video, list):
         return [], [find_file(folder, frame) for frame in video]
     if video:
         return [], frames_in(find_file(folder, video))
-    images = row.get("images") or row.get("image") or []
-    if not isinstance(images, list):
-        images = [images]
     return [find_file(folder, image) for image in images], None
+
+
+def named_pictures(row):
+    """The same as the row names them; a video comes before images."""
+    if row.get("video"):
+        return [], row["video"]
+    images = row.get("images") or row.get("image") or []
+    return images if isinstance(images, list) else [images], None
 
 
 def frames_in(folder):

@@ -104,6 +104,10 @@ evaluate        | --bench Multimodal-RewardBench=folder | folder has no
 evaluate        | --bench Multimodal-RewardBench=own.jsonl | own.jsonl, line 1 lacks
 evaluate        | --bench MM-RLHF-RewardBench=folder | folder has no
 evaluate        | --bench MM-RLHF-RewardBench=own.jsonl | own.jsonl, line 1 lacks
+evaluate        | --bench lists=gone.jsonl | gone.jsonl: no such file or folder; fix the path
+evaluate        | --bench lists=folder    | folder has no lists.jsonl; give the download's folder
+evaluate        | --bench lists=own.jsonl | own.jsonl, line 1 lacks responses
+evaluate        | --bench Multimodal-RewardBench-2=own.jsonl | own.jsonl, line 1 lacks
 evaluate        | --group nothing         | --group nothing: pairs.jsonl, line 1 has no such field
 evaluate        | --scores gone.jsonl     | gone.jsonl: no such file or folder
 evaluate        | --scores folder         | folder
@@ -236,11 +240,36 @@ VL_ROWS = [  # of evaluate.py --bench VL-RewardBench=
     ({"image": 7}, " does not read as a row of VL-RewardBench"),
     ({"image": {"bytes": None}}, " does not read as a row of VL-RewardBench (KeyError('path'))"),
 ]
+LISTS = [  # of evaluate.py --bench lists=
+    ("a text", " lacks responses; a row of lists is an object with responses"),
+    ({"question": LEFT_OUT}, " does not read as a row of lists (KeyError('prompt'))"),
+    ({"question": 7}, ": 'question' is 7; expected a string"),
+    (
+        {"responses": ["one"]},
+        ' does not read as a row of lists (ValueError(\'responses is ["one"];',
+    ),
+    ({"responses": "abc"}, ' does not read as a row of lists (ValueError(\'responses is "abc";'),
+    ({"responses": ["a", "b", 3]}, ": 'responses' is [\"a\", 3]; expected a list of two"),
+    ({"choice": 1}, " does not read as a row of lists (ValueError('choice is 1, ranks [1, 3, 2];"),
+    ({"ranks": LEFT_OUT}, " does not read as a row of lists (ValueError('choice is null, ranks"),
+    ({"ranks": [1, 2]}, " does not read as a row of lists (ValueError('ranks is [1, 2];"),
+    ({"ranks": [0, 1, 2]}, " does not read as a row of lists (ValueError('ranks is [0, 1, 2];"),
+    ({"ranks": [1, 1, 1]}, " does not read as a row of lists (ValueError('ranks is [1, 1, 1];"),
+    ({"ranks": [1, 2, 2.5]}, " does not read as a row of lists (ValueError('ranks is [1, 2, 2.5];"),
+    (
+        {"ranks": LEFT_OUT, "choice": 4},
+        " does not read as a row of lists (ValueError('choice is 4;",
+    ),
+    ({"ranks": LEFT_OUT, "choice": "1"}, " does not read as a row of lists (ValueError("),
+    ({"image": 7}, " does not read as a row of lists"),
+    ({"images": [7]}, " does not read as a row of lists"),
+    ({"video": 7}, " does not read as a row of lists"),
+]
+LIST = {"id": "x", "question": "Which?", "responses": ["a", "b", "c"], "ranks": [1, 3, 2]}
 SCORE_ROWS = [  # of evaluate.py --scores
     ("a text", ': expected bench, row and scores, two finite numbers, got "a text"'),
     ({"scores": LEFT_OUT}, ": expected bench, row and scores, two finite numbers, got"),
     ({"scores": [1]}, ": expected bench, row and scores, two finite numbers, got"),
-    ({"scores": [1, 2, 3]}, ": expected bench, row and scores, two finite numbers, got"),
     ({"scores": ["a", "b"]}, ": expected bench, row and scores, two finite numbers, got"),
     ({"scores": [1, float("nan")]}, ": expected bench, row and scores, two finite numbers, got"),
     ({"scores": [10**400, 1]}, ": expected bench, row and scores, two finite numbers, got"),
@@ -266,6 +295,7 @@ KINDS = {  # the row as it should be, how each script is given a file of them, w
     "own pair": (OWN_PAIR, {"annotate": "--data pairs="}, OWN_PAIRS),
     "judgement": (JUDGEMENT, {"judge": "--data"}, JUDGEMENTS),
     "VL-RewardBench": (VL_ROW, {"evaluate": "--bench VL-RewardBench="}, VL_ROWS),
+    "list": (LIST, {"evaluate": "--bench lists="}, LISTS),
     "scores": (SCORES, {"evaluate": "--scores"}, SCORE_ROWS),
     "task": (TASK, {"downstream_grpo": "--data"}, TASKS),
 }

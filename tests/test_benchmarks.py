@@ -1,11 +1,14 @@
 """The benchmarks' readers, on files in the benchmarks' own schemas, and the check of their rows."""
 
 import dataclasses
+import doctest
 import json
 import random
 from collections import Counter
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from evaluation import (
     FILES,
@@ -22,7 +25,12 @@ from evaluation import (
 import evaluate
 from core.files import InputError
 from core.judgements import Protocol
-from sources import BENCHMARKS, multimodal_rewardbench, vl_rewardbench
+from sources import (
+    BENCHMARKS,
+    multimodal_rewardbench,
+    multimodal_rewardbench_2,
+    vl_rewardbench,
+)
 from sources.benchmark_rows import choose_frames, find_pictures, rows_of_benchmark
 from sources.checking import check_data
 from sources.reading import BenchmarkItem
@@ -99,6 +107,74 @@ def test_the_columns_of_multimodal_reward_bench(row_id, category, column):
     row |= {"Output1": "a", "Output2": "b", "Better": "Output2"}
     item = multimodal_rewardbench.read_row(row, 0, "")
     assert item.groups == {"columns": column} and item.choice == 2
+
+
+def two_forms_of_mmrb2(tmp_path, rows):
+    """Toy rows in the forms of Multimodal RewardBench 2: the hub's parquet and reasoning.json."""
+    table, pairs = [], []
+    for number, row in enumerate(rows):
+        drawn = number % 3 == 2  # its second answer has a picture
+        chosen = "AB"[row.choice - 1]
+        data = [Path(path).read_bytes() for path in row.images]
+        names = [str(Path(path).resolve()) for path in row.images]
+        marks = [f"<image_{place}>" for place in range(len(data))]
+        hub = {
+            "pair_id": f"id-{number}",
+            "prompt_text": "\n".join([*marks, row.question]),
+            "prompt_images": [{"bytes": picture, "path": None} for picture in data],
+            "prompt_source": "blink",
+            "prompt_metadata": '{"id": "x"}',
+            "response_a_text": row.responses[0],
+            "response_a_images": [],
+            "response_a_model": "m",
+            "response_b_text": row.responses[1] + " <image_0>" * drawn,
+            "response_b_images": [{"bytes": data[0], "path": None}] * drawn,
+            "response_b_model": "n",
+            "chosen": chosen.lower() if number % 2 else chosen,
+            "human_annotations": "",
+        }
+        parts = [["image", name] for name in names] + [["text", row.question]]
+        second = [["text", row.responses[1]], ["image", names[0]]]
+        pair = {
+            "id": hub["pair_id"],
+            "prompt_content": parts,
+            "prompt_source": "blink",
+            "prompt_metadata": {"id": "x"},
+            "response_a": {"model_name": "m", "response_content": [["text", row.responses[0]]]},
+            "response_b": {"model_name": "n", "response_content": second[: 1 + drawn]},
+            "chosen": chosen,
+        }
+        table.append(hub)
+        pairs.append(pair)
+    (tmp_path / "hub/reasoning").mkdir(parents=True)
+    parquet = tmp_path / "hub/reasoning/test-00000-of-00001.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), parquet)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/reasoning.json").write_text(json.dumps({"pairs": pairs}))
+    return tmp_path / "hub", tmp_path / "own"
+
+
+def test_both_forms_of_multimodal_reward_bench_2(toy, tmp_path, capsys):
+    rows = toy_rows(toy, tmp_path, VL)[VL][:9]
+    rows[0] = dataclasses.replace(rows[0], images=rows[0].images + rows[1].images)
+    found = []
+    for folder in two_forms_of_mmrb2(tmp_path, rows):
+        found.append(list(rows_of_benchmark(multimodal_rewardbench_2, folder, tmp_path / "out")))
+        assert "3 rows are not taken: {'an answer has pictures': 3}" in capsys.readouterr().out
+        assert len(list(rows_of_benchmark(multimodal_rewardbench_2, folder, tmp_path, 4))) == 4
+    for of_form in found:
+        assert [row.row for row in of_form] == [0, 1, 3, 4, 6, 7]
+        for row in of_form:
+            known = rows[row.row]
+            assert (row.choice, row.responses) == (known.choice, known.responses)
+            assert row.question.endswith(f"<image_{len(known.images) - 1}>\n{known.question}")
+            pictures = [Path(path).read_bytes() for path in row.images]
+            assert pictures == [Path(path).read_bytes() for path in known.images]
+    assert [row.question for row in found[0]] == [row.question for row in found[1]]
+    notes = check_data(multimodal_rewardbench_2, found[0])
+    assert any("the published file has mindcube 195, blink 100" in note for note in notes)
+    assert sum(multimodal_rewardbench_2.PUBLISHED["source"].values()) == 350
+    assert doctest.testmod(multimodal_rewardbench_2) == (0, 1)
 
 
 def test_rows_with_the_same_id_are_both_judged(toy, tmp_path):

@@ -415,6 +415,7 @@ def test_a_task_with_a_field_of_another_type_is_named(tmp_path, field, value, pr
         ("tasks", {"question": None, "answer": "a"}, "question is null"),
         ("tasks", {"question": "Q", "answer": None}, "answer is null"),
         ("arXivQA", {"label": None}, "label is null"),
+        ("arXivQA", {"options": ["x", None]}, "an option is null"),
     ],
 )
 def test_a_task_whose_field_is_null_is_dropped(tmp_path, name, row, reason):

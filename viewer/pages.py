@@ -10,6 +10,7 @@ from pathlib import Path
 
 from core.endpoint import data_url
 from core.files import InputError, parse_json, read_object
+from core.lists import shares_won
 from core.pairs import shown
 from core.scoring import has_doubts
 from stable_reinforce import parse
@@ -41,27 +42,50 @@ def page_items(benches, done, limit):
     """Of each benchmark the first rows that have judgements, at most `limit`."""
     judgements = defaultdict(list)
     for key in sorted(done):
-        judgement = done[key]
-        doubts = has_doubts(judgement.text)
-        judgements[key[:2]].append(dataclasses.asdict(judgement) | {"again": doubts})
+        judgements[key[:2]].append(done[key])
     items = []
     for rows in benches.values():
+        notes = list_notes(rows, judgements)
         judged_rows = [row for row in rows if row.key in judgements]
-        items += [page_item(row, judgements[row.key]) for row in judged_rows[:limit]]
+        items += [page_item(row, judgements[row.key], notes) for row in judged_rows[:limit]]
     return items
 
 
-def page_item(row, judgements):
+def list_notes(rows, judgements):
+    """{number of a list: how the judge ranks its answers}, of lists whose duels are all judged."""
+    duels = defaultdict(list)
+    for row in rows:
+        if row.duel:
+            duels[row.duel.list].append((row, judgements.get(row.key)))
+    notes = {}
+    for number, judged_rows in duels.items():
+        if all(of_row for _, of_row in judged_rows):
+            shares = shares_won(judged_rows)
+            order = sorted(range(len(shares)), key=shares.__getitem__, reverse=True)
+            won = ", ".join(f"{answer + 1} (won {shares[answer]:.0%})" for answer in order)
+            right = ", ".join(map(str, judged_rows[0][0].duel.ranks))
+            notes[number] = (
+                f"list {number}, as the judge ranks it: {won}; ranks of the file: {right}"
+            )
+    return notes
+
+
+def page_item(row, judgements, notes):
+    shown_judgements = []
+    for judgement in judgements:
+        doubts = has_doubts(judgement.text)
+        shown_judgements.append(dataclasses.asdict(judgement) | {"again": doubts})
     return {
         "bench": row.bench,
         "row": row.row,
         "id": row.id,
         "question": row.question,
         "responses": row.responses,
-        "choice": row.choice,
+        "choice": row.choice if row.is_decided else None,
+        "list": notes.get(row.duel.list) if row.duel else None,
         "group": " / ".join(row.groups.values()),
         "images": embedded_pictures(row),
-        "judgements": judgements,
+        "judgements": shown_judgements,
     }
 
 

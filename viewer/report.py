@@ -3,7 +3,7 @@
 from core.tables import markdown_table
 from sources import BENCHMARKS
 
-WITH_INTERVAL = ("overall", "Acc+")  # columns
+WITH_INTERVAL = ("overall", "Acc+", "best answer first", "rank correlation")  # columns
 
 
 ALWAYS_FIRST = (
@@ -21,6 +21,7 @@ def results_table(results):
         if args["orders"] == "chosen_first":
             parts += [ALWAYS_FIRST, ""]
         parts += _left_out(result, args)
+        parts += _ranking(result["ranking"])
         if not result["lines"]:
             parts += ["No row has all its judgements yet.", ""]
             continue
@@ -54,19 +55,41 @@ def _left_out(result, args):
     lines = result["left_out"]
     if not lines:
         return []
-    judged = result["about"]["rows"]
-    total = judged + result["about"]["rows left out, not judged to the end"]
+    about = result["about"]
+    judged = about["rows"]
+    missing = about["rows left out, not judged to the end"]
+    total = judged + missing + about.get("duels of equally good answers", 0)
     reason = ", not in the file" if args["judgements"] else ": no judge took them"
     text = f"**WARNING: {len(lines)} of {total} rows left out{reason}.**"
     if result["lines"]:
-        wrong = result["lines"]["one sample"]["overall"][0] * judged / total
-        text += f" With all {total - judged} rows without judgement counted as wrong, one sample "
+        wrong = result["lines"]["one sample"]["overall"][0] * judged / (judged + missing)
+        text += f" With all {missing} rows without judgement counted as wrong, one sample "
         text += f"has {wrong:.2f} % overall."
     if not args["judgements"]:
         text += " --retry_left_out asks for them again."
     text += " All of them are in left_out.jsonl:"
     named = [f"- {line['bench']} row {line['row']}: {line['reason']}" for line in lines[:10]]
     return [text, "", *named, ""]
+
+
+def _ranking(ranking):
+    """The table of whole lists, above that of their duels."""
+    if not ranking:
+        return []
+    missing = ranking["lists left out, not judged to the end"]
+    text = f"{ranking['lists']} lists, ranked by the share of its duels that each answer wins"
+    if missing:
+        text += f"; **{missing} more are left out, not judged to the end**"
+    text += ". A row of the other table is a duel, so its overall is the accuracy on pairs."
+    if not ranking["lists"]:
+        return [text, ""]
+    columns = list(ranking["lines"]["the judge"])
+    heads = {"rank correlation": f"rank correlation ({ranking['rankings']} with ranks)"}
+    rows = []
+    for name, values in ranking["lines"].items():
+        rows.append([name, *(_cell(column, values[column]) for column in columns)])
+    table = markdown_table(["", *(heads.get(column, column) for column in columns)], rows)
+    return [text, "", table, ""]
 
 
 def _below(about):
