@@ -1,6 +1,6 @@
 """
-Stage 4: three benchmarks in both answer orders, and every kind of test-time scaling from one file
-of samples (section 4, C.4-C.7, C.10). For Tables 3, 4, 8, 9 and 12 and Figure 3.
+Stage 4: benchmarks in both answer orders, and every kind of test-time scaling from one file of
+samples (section 4, C.4-C.7, C.10). For Tables 3, 4, 8, 9 and 12 and Figure 3.
 
     benchmarks -> rows -> judgements (a model, an endpoint, rewards or judgements made elsewhere)
                -> results.json, table.md, scaling.png, page.html
@@ -9,7 +9,9 @@ The better answer is shown first in half of the judgements and second in the oth
 that always says 1 scores 50 %. Each judgement is appended to a file as it comes: a killed run
 continues where it was, and every number is computed from that file, without a model. A row that
 the judge does not take (longer than --context, refused by the server) is left out of all numbers,
-and written to left_out.jsonl; beside the table stands how many were left out, and which.
+and written to left_out.jsonl; beside the table stands how many were left out, and which. Any
+number of answers to a question is judged as duels of each two (sources/own_lists.py), and an answer
+ranks by the share of its duels that it wins.
 
 Differs from the paper's evaluation and from its released code:
 1) both orders (released: the better answer is always first); --orders chosen_first is that
@@ -43,6 +45,8 @@ A model behind an endpoint (its key in OPENAI_API_KEY); a reward model of anothe
 $ python evaluate.py --base_url http://127.0.0.1:8000/v1 --model NAME --samples 2 --out out/other \\
       --bench pairs=data/dev.jsonl
 $ python evaluate.py --scores rewards.jsonl --out out/scalar --bench pairs=data/dev.jsonl
+Your own lists of answers:
+$ python evaluate.py --model out/rl --out out/lists --bench lists=data/lists.jsonl
 Judgements made elsewhere, here by the paper's released script for VL-RewardBench:
 $ python evaluate.py --judgements r1_reward.jsonl --out out/released \\
       --bench VL-RewardBench=data/VL-RewardBench/data.jsonl
@@ -64,17 +68,7 @@ from datetime import timedelta
 from itertools import chain, islice
 from pathlib import Path
 
-from core import (
-    files,
-    flags,
-    judge_in_python,
-    judge_prompt,
-    judging,
-    lists,
-    pictures,
-    scoring,
-    training,
-)
+from core import files, flags, judge_in_python, judge_prompt, judging, pictures, scoring, training
 from core.judgements import (
     BenchmarkRow,
     Protocol,
@@ -84,6 +78,7 @@ from core.judgements import (
     read_judgements,
     read_left_out,
 )
+from core.lists import score_lists
 from sources import BENCHMARKS, benchmark_rows, checking, reading
 from sources.given_judgements import GivenJudgements
 from viewer import pages, report
@@ -288,7 +283,7 @@ def parser():
         metavar="NAME=PATH",
         help=f"files or folders as published, of {names}; without it: those of the run in --out",
     )
-    limit_help = "rows of each benchmark, from the first on; without it: all"
+    limit_help = "rows (or lists) of each benchmark, from the first on; without it: all"
     add("--limit", type=flags.whole(1), help=limit_help)
     add("--group", default="source", help="the field of pairs that makes their table's columns")
     add_model_flags(p.add_argument_group("model").add_argument)
@@ -305,7 +300,8 @@ def add_model_flags(add):
     )
     url_help = "an OpenAI-compatible server; without it: vLLM in this process"
     add("--base_url", type=flags.server_url, help=url_help)
-    add("--scores", metavar="FILE", help="given rewards: JSON lines of bench, row, scores (two)")
+    scores_help = "given rewards: JSON lines of bench, row, scores (two; of a list: one an answer)"
+    add("--scores", metavar="FILE", help=scores_help)
     add(
         "--judgements",
         metavar="FILE",
@@ -514,7 +510,7 @@ def score(benches, done, args, left_out):
         lines = [left_out[row.key] for row in rows if is_left_out(row, done, protocol, left_out)]
         notes = judging.warn_of_equal_samples(rows, done, args)
         notes += checking.check_data(data_set, rows)
-        ranking = lists.score_lists(rows, done, protocol)
+        ranking = score_lists(rows, done, protocol)
         results[bench] = {"check": notes, "left_out": lines, "ranking": ranking} | numbers
     return results, scores
 
@@ -537,15 +533,6 @@ def compare_with(folder, results, scores, args):
         if bench in scores:
             compared = scoring.compare(scores[bench], their_scores[bench])
             results[bench]["compared"] = compared
-
-
-def rows_of_both(benches, others):
-    """{bench: the rows that have the same number and answers in another run}."""
-    common = {}
-    for bench, rows in benches.items():
-        contents = {(row.row, row.content()) for row in others.get(bench, [])}
-        common[bench] = [row for row in rows if (row.row, row.content()) in contents]
-    return common
 
 
 def run(args):
@@ -591,7 +578,7 @@ def run(args):
         pages.write_page(out / "page.html", title, items, blind=False)
     if args.ab:
         theirs = read_judgements(args.ab)
-        common = rows_of_both(benches, read_kept_rows(args.ab))
+        common = pages.rows_of_both(benches, read_kept_rows(args.ab))
         pages.write_blind_vote(out, common, done, theirs, args.page, args.seed)
 
 

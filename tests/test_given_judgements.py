@@ -10,6 +10,7 @@ import evaluate
 from core.files import InputError
 from core.judgements import Protocol
 from sources.given_judgements import GivenJudgements
+from viewer.pages import rows_of_both
 
 VERDICT = "<think>because</think><answer>{}</answer>"
 
@@ -218,6 +219,6 @@ def test_two_runs_are_voted_on_where_they_show_the_same_answers(tmp_path):
     rows = [make_row(i, responses=("good", "bad")) for i in range(4)]
     lines = [by_id(i, order=i % 2) for i in range(4)]
     listed = given(tmp_path, lines, rows).benches
-    common = evaluate.rows_of_both({"pairs": rows}, listed)
+    common = rows_of_both({"pairs": rows}, listed)
     assert [row.row for row in common["pairs"]] == [0, 2]
-    assert evaluate.rows_of_both({"pairs": rows}, {}) == {"pairs": []}
+    assert rows_of_both({"pairs": rows}, {}) == {"pairs": []}

@@ -121,6 +121,15 @@ def write_blind_vote(folder, benches, ours, theirs, limit, seed):
     Path(folder, "ab_key.json").write_text(json.dumps(key))
 
 
+def rows_of_both(benches, others):
+    """{bench: the rows that have the same number and answers in another run}."""
+    common = {}
+    for bench, rows in benches.items():
+        contents = {(row.row, row.content()) for row in others.get(bench, [])}
+        common[bench] = [row for row in rows if (row.row, row.content()) in contents]
+    return common
+
+
 def _shared_judgements(benches, ours, theirs, rng):
     """(row, key of a judgement that both runs have), one a row, shuffled."""
     rows = {}
