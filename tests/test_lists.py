@@ -1,5 +1,6 @@
 """evaluate.py --bench lists: any number of answers, judged as duels; and Judge.rank, the same."""
 
+import contextlib
 import dataclasses
 import doctest
 import json
@@ -9,7 +10,18 @@ from itertools import combinations, pairwise, permutations
 import numpy as np
 import pytest
 from conftest import png, write_rows
-from evaluation import JudgeByRule, args_of, judged, make_row, random_judge, says, score, value
+from evaluation import (
+    RLHF,
+    JudgeByRule,
+    args_of,
+    judged,
+    make_row,
+    random_judge,
+    says,
+    score,
+    toy_rows,
+    value,
+)
 
 import evaluate
 from core import lists
@@ -20,6 +32,7 @@ from core.lists import best_first, ranked_lists, score_lists
 from sources import own_lists
 from sources.benchmark_rows import rows_of_benchmark
 from sources.given_judgements import GivenJudgements
+from toy import server
 
 TWO = Protocol("both", samples=2)
 ROWS = [
@@ -379,6 +392,40 @@ def test_a_damaged_duel_of_a_kept_row_is_named(tmp_path, duel):
     row = rows_of(tmp_path)[0].to_json() | {"duel": duel}
     with pytest.raises(InputError, match=r"rows\.jsonl, line 1: 'duel' is"):
         BenchmarkRow.from_json(row, "rows.jsonl, line 1")
+
+
+@contextlib.contextmanager
+def right_server(toy):
+    """The address of a stand-in that is right about all it knows."""
+    words = ["--port", "0", "--key", str(toy.parent / "key.jsonl")]
+    words += ["--right_easy", "1", "--right_hard", "1"]
+    stand_in = server.Server(server.parser().parse_args(words))
+    try:
+        yield stand_in.url
+    finally:
+        stand_in.close()
+
+
+def test_lists_with_pictures_are_judged_by_a_server(toy, tmp_path):
+    rows_of_id = {}
+    for row in toy_rows(toy, tmp_path, RLHF)[RLHF]:
+        if row.images:
+            rows_of_id.setdefault(row.id, []).append(row)
+    found = []
+    for rows in rows_of_id.values():
+        worse = [row.responses[1] for row in rows]
+        fields = {"question": rows[0].question, "image": rows[0].images[0]}
+        answers = [*worse, rows[0].responses[0]]
+        found.append(fields | {"responses": answers, "choice": len(answers)})
+    words = ["--bench", f"lists={list_file(tmp_path, found)}", "--media_root", str(toy)]
+    words += ["--samples", "2", "--page", "0", "--out", str(tmp_path / "out"), "--model", "toy"]
+    with right_server(toy) as url:
+        evaluate.main([*words, "--base_url", url])
+    result = json.loads((tmp_path / "out/results.json").read_text())["benches"]["lists"]
+    lines = {name: line["best answer first"] for name, line in result["ranking"]["lines"].items()}
+    assert result["ranking"]["lists"] == len(found) > 3
+    assert lines["the judge"] == [100, 100, 100]
+    assert lines["as listed (first answer)"] == [0, 0, 0] and 0 < lines["random"][0] <= 50
 
 
 # --- what a judge in Python does not take
