@@ -499,6 +499,7 @@ def train(run, plan, reward_model):
         figures = held_out_accuracy(run, plan.my_held_out, reward_model, state, save=no_checkpoint)
         log.row(0, **figures)
 
+    saving = runs.SaveTimes(args, plan.steps)
     for step in range(plan.first_step, plan.steps):
         clock = metrics.Clock()
         save = partial(run.save, step, state)
@@ -541,7 +542,7 @@ def train(run, plan, reward_model):
             save = partial(save_taken_step, run, log, done, row, state)
             row |= held_out_accuracy(run, plan.my_held_out, reward_model, state, save)
         log.row(done, **row)
-        if plan.is_due(done, args.save_every):
+        if saving.is_due(done):
             run.save(done, state)
 
     runs.finish_run(out, run.policy, run.processor, log, PANELS, run.rank)

@@ -63,6 +63,7 @@ from core import (
     runs,
     training,
 )
+from core.memory_plan import check_memory
 from core.policy import gather_zero3, load_policy, save_policy, token_logps
 from core.sampler import HFSampler, VLLMSampler
 from core.seeds import seed_from
@@ -104,6 +105,7 @@ def start_run(args, processor, rank, world, device):
     Load the sampler, the trainer and the reference. vLLM comes first: built after DeepSpeed's
     ZeRO-3, its own weights would be split too.
     """
+    check_memory(args, rank, world, device)
     policy = load(args, device, recompute=args.recompute, freeze_vision=args.freeze_vision)
     if args.engine == "hf":
         sampler = HFSampler(policy, processor, device)
@@ -536,6 +538,7 @@ def train(run, plan, judge):
     if plan.held_out and not plan.first_step:
         log.row(0, **held_out_accuracy(run, plan.my_held_out))
 
+    saving = runs.SaveTimes(args, plan.steps)
     for step in range(plan.first_step, plan.steps):
         # 1. roll out
         clock = metrics.Clock()
@@ -586,7 +589,7 @@ def train(run, plan, judge):
             keep_best(run, row["eval_greedy"], state)
         metrics.write_rollouts(out / f"rollouts-{run.rank}.jsonl", done, samples, rewards, parts)
         log.row(done, **row)
-        if plan.is_due(done, args.save_every):
+        if saving.is_due(done):
             run.save(done, state)
 
     runs.finish_run(out, run.policy, run.processor, log, PANELS, run.rank)

@@ -45,6 +45,7 @@ import torch.distributed as dist
 
 from core import encoding, flags, runs, training
 from core.files import InputError
+from core.memory_plan import check_memory
 from core.pairs import (
     Pair,
     check_pairs,
@@ -426,6 +427,7 @@ def main():
     warmup = round(args.warmup * steps)
 
     # 2. Model, trainer
+    check_memory(args, rank, world, device)
     policy, processor = load_model(args, device)
     pad_id = processor.tokenizer.pad_token_id
     trainer = training.make_trainer(
@@ -437,7 +439,7 @@ def main():
     done, state = runs.resume(out, trainer, args, MUTABLE_FLAGS, dropped=no_drops)
     log = runs.Log(out, runs.run_header(args, world, device), done, steps, args.tracker)
     upcoming = load_examples(args, pairs, local_batches[done:], processor, policy.head_kind)
-    start = time.time()
+    saving, start = runs.SaveTimes(args, steps), time.time()
     if done == 0 and held_out:
         log.row(0, **validate(trainer, processor, held_out, args))
 
@@ -464,7 +466,7 @@ def main():
         row["dropped"] = dropped
         log.row(step, **row, seconds=time.time() - start)
         start = time.time()
-        if step < steps and args.save_every and step % args.save_every == 0:
+        if step < steps and saving.is_due(step):
             runs.save_checkpoint(out / "checkpoints", trainer, step, state)
 
     # 7. Save the model

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -28,8 +29,9 @@ from core.files import (
     lock,
     parse_json,
 )
+from core.memory_plan import checkpoint_bytes, disk_needed, gb, refuse, why_no_disk
 from core.policy import save_policy
-from core.training import all_reduce
+from core.training import all_reduce, on_all_ranks
 
 # --------------------------------------------------------------------------------------------------
 # --out
@@ -106,6 +108,29 @@ def save_checkpoint(folder, trainer, step, state):
             if other_step != step:
                 shutil.rmtree(other)
     dist.barrier()
+
+
+class SaveTimes:
+    """
+    When a run writes a checkpoint: every --save_every steps, --save_minutes after the last one,
+    and after its last step.
+    """
+
+    def __init__(self, args, steps):
+        self.every, self.minutes, self.steps = args.save_every, args.save_minutes, steps
+        self.last = time.monotonic()
+
+    def is_due(self, done):
+        """The same on every rank."""
+        if not self.every and not self.minutes:
+            return False
+        due = done == self.steps or (self.every > 0 and done % self.every == 0)
+        if self.minutes:
+            passed = all_reduce((time.monotonic() - self.last) / 60, "max")
+            due = due or passed >= self.minutes
+        if due:
+            self.last = time.monotonic()
+        return due
 
 
 def write_checkpoint(complete, trainer, saved):
@@ -193,8 +218,35 @@ def resume(folder, trainer, args, mutable_flags, **fresh):
         advice = "Continue it with its own flags, or choose another --out"
         check_same_settings(f"--out {folder}", as_flags(state["recipe"]), as_flags(recipe), advice)
     folder.mkdir(parents=True, exist_ok=True)
+    check_disk(folder, trainer, len(found))
     drop_rows_after(folder / f"rollouts-{dist.get_rank()}.jsonl", step)
     return step, state
+
+
+LITTLE = 0.5  # of the free disk: a run that writes less says nothing
+
+
+def check_disk(out, trainer, held):
+    """Tell what a run will write beside what the disk has, before its first step."""
+    parameters = list(trainer.module.parameters())
+    weights = sum(numel(p) for p in parameters)
+    trained = sum(numel(p) for p in parameters if p.requires_grad)
+    size = parameters[0].element_size()
+    one = checkpoint_bytes(weights, trained, trainer.zero_optimization_stage(), size)
+    needed = disk_needed(one, size * weights, held)
+    free = shutil.disk_usage(out).free
+    on_all_ranks(lambda: refuse(why_no_disk(out, needed, one, free)))
+    if dist.get_rank() == 0 and needed > LITTLE * free:
+        print(
+            f"disk: a checkpoint is {gb(one)}; with the one before it and the model, {gb(needed)} "
+            f"more are needed in {out}, and {gb(free)} are free",
+            file=sys.stderr,
+        )
+
+
+def numel(parameter):
+    """How many weights a parameter has, on all ranks together."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def recipe_of(settings, mutable_flags):
@@ -256,7 +308,7 @@ def read_saved(path, read):
 def describe_trainer(trainer):
     """Describe what a checkpoint and a run must share."""
     policy = trainer.module
-    sizes = [getattr(p, "ds_numel", p.numel()) for p in policy.parameters()]
+    sizes = [numel(p) for p in policy.parameters()]
     return {
         "architecture": policy.model.config.model_type,
         "number of tensors": len(sizes),

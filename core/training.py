@@ -346,7 +346,15 @@ def learning_rate(step, steps, peak, warmup, kind, floor=0.1):
 # Flags
 
 # those of trainer_flags() that may change when a run is continued
-MUTABLE_FLAGS = {"attn", "recompute", "micro_tokens", "workers", "save_every", "tracker"}
+MUTABLE_FLAGS = {
+    "attn",
+    "recompute",
+    "micro_tokens",
+    "workers",
+    "save_every",
+    "save_minutes",
+    "tracker",
+}
 
 
 def trainer_flags(parser):
@@ -400,6 +408,13 @@ def trainer_flags(parser):
         "--seed", type=random_seed, default=0, help="of the data's order, of samples, of a new head"
     )
     add("--save_every", type=whole(), default=20, help="steps between checkpoints; 0 = none")
+    add(
+        "--save_minutes",
+        type=number(),
+        default=0.0,
+        help="minutes between checkpoints, which of a 7B model are 116 GB each; the newest one is "
+        "kept; 0 = by --save_every alone, and with it at 0 none is written",
+    )
     trackers = ("none", "tensorboard", "wandb")
     add("--tracker", default="none", choices=trackers, help="log there, too; it must be installed")
 
