@@ -62,7 +62,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from core import files, flags, pairs, pictures
-from core.endpoint import Endpoint, NoReply, to_openai
+from core.endpoint import Endpoint, NoReply, cost, to_openai
 from core.files import InputError
 from core.replies import Replies
 from core.tables import markdown_table
@@ -397,10 +397,8 @@ def lengths_table(summary):
 
 def cost_line(replies, price):
     tokens_in, tokens_out = replies.prompt_tokens, replies.completion_tokens
-    dollars = (tokens_in * price[0] + tokens_out * price[1]) / 1e6
     tokens = f"{tokens_in:,} tokens in, {tokens_out:,} out"
-    cost = f"${dollars:,.2f} at ${price[0]:g} and ${price[1]:g} a million"
-    return f"{replies.total:,} replies, {tokens}: {cost}.\n\n"
+    return f"{replies.total:,} replies, {tokens}: {cost(tokens_in, tokens_out, price)}.\n\n"
 
 
 def dropped_table(counts):
@@ -502,14 +500,7 @@ def add_sending_flags(add):
         "left for the next run"
     )
     add("--retries", type=flags.whole(), default=60, help=retries_help)
-    add(
-        "--price",
-        type=flags.number(),
-        nargs=2,
-        default=[2.5, 10.0],
-        metavar=("IN", "OUT"),
-        help="dollars for a million tokens, for the report; the default was gpt-4o's",
-    )
+    flags.add_price_flag(add, "for the report; the default was gpt-4o's", default=[2.5, 10.0])
 
 
 def main(words=None):

@@ -311,6 +311,7 @@ def add_model_flags(add):
     pictures.add_media_root_flag(add)
     concurrency_help = "requests to a server at a time"
     flags.add_request_flag(add)
+    flags.add_price_flag(add, "for the estimate at the beginning")
     add("--concurrency", type=flags.whole(1, 10_000), default=32, help=concurrency_help)
     context_help = "tokens of prompt and judgement (vLLM)"
     add("--context", type=flags.whole(1), default=16384, help=context_help)
@@ -447,8 +448,10 @@ def check_what_judges(args):
     given = [f"--{name}" for name in ("scores", "judgements", "base_url") if getattr(args, name)]
     if len(given) > 1:
         raise files.InputError(f"{' and '.join(given)} both say what judges; leave one out")
-    if args.request and not args.base_url:
-        raise files.InputError("--request is for a server; give its --base_url, or leave it out")
+    for name in ("request", "price"):
+        if getattr(args, name) and not args.base_url:
+            problem = f"--{name} is for a server; give its --base_url, or leave it out"
+            raise files.InputError(problem)
     if args.judgements:
         for name in ("orders", "samples", "early_stop", "limit", "prompt"):
             if getattr(args, name) not in (None, False, "paper"):

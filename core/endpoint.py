@@ -369,6 +369,18 @@ def _options(top_logprobs):
     return options
 
 
+def cost(tokens_read, tokens_written, price):
+    """
+    The cost of a server's tokens; `price` is that of a million which it reads, and writes.
+
+    >>> cost(1_000_000, 500_000, (2.5, 10))
+    '$7.50 at $2.5 and $10 a million'
+    """
+    read, written = price
+    dollars = (tokens_read * read + tokens_written * written) / 1e6
+    return f"${dollars:,.2f} at ${read:g} and ${written:g} a million"
+
+
 def background_loop():
     """An event loop that runs in a thread of its own until the process ends."""
     loop = asyncio.new_event_loop()

@@ -72,6 +72,12 @@ def add_request_flag(add, name="--request"):
     add(name, type=json_object, default={}, metavar="JSON", help=text)
 
 
+def add_price_flag(add, purpose, default=None):
+    """What a server's tokens cost, see core.endpoint.cost()."""
+    text = f"dollars for a million tokens that the server reads and writes, {purpose}"
+    add("--price", type=number(), nargs=2, default=default, metavar=("IN", "OUT"), help=text)
+
+
 def server_url(text):
     """
     The type of a flag: the address of an OpenAI-compatible server.

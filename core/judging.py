@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from core.encoding import collate, encode, encode_prompt, load_processor, prompt_ids, read_media
-from core.endpoint import Endpoint, NoReply, background_loop, to_openai
+from core.endpoint import Endpoint, NoReply, background_loop, cost, to_openai
 from core.judge_prompt import load_prompt
 from core.judgements import LeftOut, digest, left_out_line
 from core.pairs import InputError, critique_turns, user_turn
@@ -74,7 +74,7 @@ def collect(rows, backend, done, protocol, journal=None, left_out_journal=None):
             ask_for(row)  # early stopping may want more
         progress.add(judgements)
         if journal is not None:
-            progress.print_estimate_once(getattr(backend, "prompt_tokens", None))
+            progress.print_estimate_once(backend)
             progress.print_now_and_then()
     return left_out
 
@@ -100,19 +100,23 @@ class Progress:
         self.made += len(judgements)
         self.tokens += sum(judgement.tokens for judgement in judgements)
 
-    def print_estimate_once(self, prompt_tokens):
+    def print_estimate_once(self, backend):
         """What a server, which counts the prompts' tokens, will have cost in all."""
         left = self.total - self.made
-        if self.has_estimate or not prompt_tokens or self.made < ESTIMATE_AFTER or not left:
+        read, written = getattr(backend, "prompt_tokens", 0), self.tokens
+        if self.has_estimate or not read or self.made < ESTIMATE_AFTER or not left:
             return
         self.has_estimate = True
         minutes = left * (time.monotonic() - self.start) / self.made / 60
-        parts = []
-        for tokens, what in ((prompt_tokens, "read"), (self.tokens, "written")):
-            in_all = tokens * self.total / self.made
-            parts.append(f"{tokens:,} {what} so far, about {in_all:,.0f} in all")
-        estimate = f"{left} judgements left, about {minutes:.0f} minutes"
-        print(f"{estimate}; tokens: {'; '.join(parts)}", flush=True)
+        times = self.total / self.made
+        estimate = (
+            f"{left} judgements left, about {minutes:.0f} minutes; "
+            f"tokens: {read:,} read so far, about {read * times:,.0f} in all; "
+            f"{written:,} written so far, about {written * times:,.0f} in all"
+        )
+        if backend.args.price:
+            estimate += f"; about {cost(read * times, written * times, backend.args.price)}"
+        print(estimate, flush=True)
 
     def print_now_and_then(self):
         seconds = time.monotonic() - self.start

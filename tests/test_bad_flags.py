@@ -70,9 +70,10 @@ annotate evaluate | --temperature -1         | expected a number, 0 or more, got
 annotate evaluate | --temperature nan        | expected a number, 0 or more, got 'nan'
 annotate      | --timeout 0              | expected a number from 0.1 to 86400
 annotate      | --timeout inf            | expected a number from 0.1 to 86400
-annotate      | --price -1 2             | expected a number, 0 or more, got '-1'
+annotate evaluate | --price -1 2         | expected a number, 0 or more, got '-1'
+evaluate      | --price 1 2              | --price is for a server; give its --base_url
 annotate      | --price 1                | expected 2 arguments
-annotate      | --price nan 0            | expected a number, 0 or more, got 'nan'
+annotate evaluate | --price nan 0        | expected a number, 0 or more, got 'nan'
 train         | --lr 0                   | expected a number above 0, got '0'
 train         | --lr nan                 | expected a number above 0, got 'nan'
 train         | --lr inf                 | expected a number above 0, got 'inf'

@@ -349,7 +349,7 @@ def test_a_request_that_the_server_refuses_does_not_end_the_run():
 def test_the_cost_of_a_server_is_estimated_once(tmp_path, capsys):
     rows = [make_row(i) for i in range(50)]
     with refusing(usage={"prompt_tokens": 1000, "completion_tokens": 20}) as url:
-        args = args_of("--base_url", url, "--samples", 2, "--concurrency", 1)
+        args = args_of("--base_url", url, "--samples", 2, "--concurrency", 1, "--price", 2.5, 10)
         backend, protocol = evaluate.make_backend(args), evaluate.protocol_of(args)
         with Journal(tmp_path / "judgements.jsonl") as journal:
             collect(rows, backend, {}, protocol, journal)
@@ -357,7 +357,8 @@ def test_the_cost_of_a_server_is_estimated_once(tmp_path, capsys):
     estimate = (
         "64 judgements left, about 0 minutes; tokens: 36,000 read so far, about 100,000 in all"
     )
-    assert line == f"{estimate}; 720 written so far, about 2,000 in all"
+    estimate += "; 720 written so far, about 2,000 in all"
+    assert line == f"{estimate}; about $0.27 at $2.5 and $10 a million"
 
 
 def test_a_server_that_refuses_everything_ends_the_run():
