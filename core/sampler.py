@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from core.encoding import MODEL_INPUTS, collate
+from core.files import InputError, in_short
 
 MAX_PICTURES = 8  # images in a prompt
 
@@ -185,11 +186,17 @@ class HFSampler:
 
 
 def start_vllm(folder, context, **options):
-    """Start vLLM, with what it needs on a CPU."""
+    """
+    Start vLLM in this process, with what it needs on a CPU.
+
+    A process of its own would live on, with all its memory, when this one is killed.
+    """
     on_gpu = torch.cuda.is_available()
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if on_gpu else "ERROR")
+    # of --tensor_parallel: a fork could not use a GPU, since torch has looked for one here
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     if not on_gpu:
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
         options |= {
             "dtype": "float32",
@@ -200,7 +207,27 @@ def start_vllm(folder, context, **options):
         }
     from vllm import LLM
 
-    return LLM(str(folder), max_model_len=context, **options)
+    try:
+        return LLM(str(folder), max_model_len=context, **options)
+    except (ValueError, torch.OutOfMemoryError) as error:
+        raise InputError(why_not_started(error, folder, context, options)) from error
+
+
+def why_not_started(error, folder, context, options):
+    """One line about vLLM's error, with the flags that it may come from."""
+    given = f"--model {folder} --context {context}"
+    for flag, option in (
+        ("--tensor_parallel", "tensor_parallel_size"),
+        ("--memory", "gpu_memory_utilization"),
+    ):
+        if option in options:
+            given += f" {flag} {options[option]}"
+    # pydantic's first line only counts the errors
+    cause = str(error).partition("Value error, ")[2] or str(error)
+    return (
+        f"vLLM does not start with {given}: {in_short(cause)} ...; change one of these, or give it "
+        "more memory (on a CPU the variable VLLM_CPU_KVCACHE_SPACE, in GiB)"
+    )
 
 
 def has_all_weights(model):

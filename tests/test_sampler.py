@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_policy import BASE, ROOT, save_picture
 
 from core.encoding import Media, encode, encode_prompt, load_processor
+from core.files import InputError
 from core.pairs import user_turn
 from core.policy import load_policy, save_policy
 from core.sampler import (
@@ -20,6 +22,7 @@ from core.sampler import (
     collapse_pads,
     forbidden_token_ids,
     has_all_weights,
+    start_vllm,
     vllm_media,
 )
 
@@ -142,3 +145,50 @@ def test_packed_matrices_are_noticed():
     assert has_all_weights(layer)
     layer.weight.data = torch.empty(0)
     assert not has_all_weights(layer)
+
+
+# --------------------------------------------------------------------------------------------------
+# The start of vLLM
+
+
+def start_with(monkeypatch, llm, on_gpu=True, **options):
+    """start_vllm() with a function in the place of vLLM's LLM."""
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=llm))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    monkeypatch.setattr(os, "environ", {})
+    return start_vllm("out/rl", 4096, **options)
+
+
+def test_vllm_runs_in_this_process_and_ends_with_it(monkeypatch):
+    for on_gpu in (True, False):
+        environment = start_with(monkeypatch, lambda *_, **__: dict(os.environ), on_gpu)
+        assert environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+        assert environment["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (ValueError("No available memory for the cache blocks. Try"), "No available memory for"),
+        (ValueError("1 validation error\n  Value error, Not divisible"), "Not divisible ..."),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to"), "CUDA out of memory. Tried to"),
+    ],
+)
+def test_what_keeps_vllm_from_starting_is_named_with_its_flags(monkeypatch, error, cause):
+    def fail(*_, **__):
+        raise error
+
+    options = {"tensor_parallel_size": 2, "gpu_memory_utilization": 0.4}
+    with pytest.raises(InputError) as stopped:
+        start_with(monkeypatch, fail, **options)
+    flags = "--model out/rl --context 4096 --tensor_parallel 2 --memory 0.4"
+    assert str(stopped.value).startswith(f"vLLM does not start with {flags}: {cause}")
+    assert "\n" not in str(stopped.value)
+
+
+def test_another_error_of_vllm_keeps_its_traceback(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("NCCL error")
+
+    with pytest.raises(RuntimeError, match="NCCL error"):
+        start_with(monkeypatch, fail)
