@@ -11,6 +11,8 @@ serve_stand_in() { # the annotator and the consistency judge: rules behind HTTP,
     python toy/server.py --key $OUT/data/key.jsonl --port 8010 > $OUT/server.log 2>&1 &
 }
 
+# A judge whose requests have a seed, as evaluate.py's do, also needs --no-enable-chunked-prefill
+# --max-num-batched-tokens 8192 on a CPU: a seeded prompt in chunks stops vLLM there.
 serve_model() { # folder, port: a real vLLM server on this machine
     VLLM_CPU_KVCACHE_SPACE=1 python -m vllm.entrypoints.openai.api_server --model "$1" \
         --dtype float32 --enforce-eager --max-model-len 1024 \
