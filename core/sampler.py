@@ -194,8 +194,6 @@ def start_vllm(folder, context, **options):
     on_gpu = torch.cuda.is_available()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if on_gpu else "ERROR")
-    # of --tensor_parallel: a fork could not use a GPU, since torch has looked for one here
-    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     if not on_gpu:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
         options |= {
