@@ -62,8 +62,8 @@ def check_apart(out, model):
     """A run must not write over the model that it reads."""
     if Path(out).resolve() == Path(model).resolve():
         raise InputError(
-            f"--out {out} is the folder of --model: the run would write over it; choose another "
-            "--out"
+            f"--out {out} is what --model names, too: a model in that folder would be written "
+            "over; choose another --out"
         )
 
 

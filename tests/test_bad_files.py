@@ -141,12 +141,12 @@ downstream      | --eval_data cut.jsonl   | cut.jsonl, line 1 is not JSON
 # --- folders to write
 train           | --out file              | --out file: File exists; expected a folder that can be
 train           | --out file/out          | --out file/out: Not a directory; expected a folder that
-train           | --out folder --model folder | --out folder is the folder of --model: the run would
+train           | --out folder --model folder | --out folder is what --model names, too: a model
 train           | --out folder/out --model folder | --out folder/out and --model folder lie one
 sft             | --out config-alone      | --out config-alone already holds a model; choose another
 rl              | --out config-list       | --out config-list already holds a model; choose another
 downstream      | --out config-cut        | --out config-cut already holds a model; choose another
-evaluate        | --out folder --model folder | --out folder is the folder of --model
+annotate evaluate | --out folder --model folder | --out folder is what --model names, too: a model
 annotate evaluate | --out file            | File exists; a file stands where a folder is
 annotate evaluate | --out file/out        | Not a directory; a file stands where a
 """
@@ -350,3 +350,14 @@ def test_a_process_says_what_the_tests_see(bad_stage, bad_files, tmp_path, scrip
     process = subprocess.run(line, cwd=bad_files, capture_output=True, timeout=300)
     assert process.returncode == ended[0]
     assert without_bars(process.stderr.decode()) == without_bars(ended[1])
+
+
+@pytest.mark.slow
+def test_what_vllm_does_not_start_with_is_one_line(bad_files, tmp_path):
+    words = f"--model {ROOT / 'toy' / 'weak'} --context 99999"
+    line = [sys.executable, str(ROOT / "evaluate.py"), *command("evaluate", words, tmp_path)]
+    process = subprocess.run(line, cwd=bad_files, capture_output=True, text=True, timeout=600)
+    last = process.stderr.splitlines()[-1]
+    assert process.returncode == 1 and "Traceback" not in process.stderr, process.stderr
+    assert last.startswith("evaluate.py: vLLM does not start with --model "), last
+    assert " --context 99999 --tensor_parallel 1: User-specified max_model_len (99999) is" in last

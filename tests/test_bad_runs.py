@@ -1,9 +1,13 @@
 """What the scripts say to the folder of a run that is damaged or another run's: a line each."""
 
+import importlib
 import shutil
 
 import pytest
-from bad_input import PAIR, check, lines
+from bad_input import PAIR, TASK, check, lines
+from conftest import ROOT, png
+
+from core.encoding import load_processor
 
 JUDGEMENT = {
     "bench": "pairs",
@@ -186,3 +190,25 @@ def test_a_run_that_cannot_be_continued_is_one_line(
     words = f"{words} --out {out_flag(script, out)}"
     ended = bad_stage(script, words, complete=reads_bench)
     check(ended, script, message.replace("OUT", str(out)))
+
+
+@pytest.mark.slow  # transformers takes long to import
+@pytest.mark.parametrize("script", ["rl", "downstream_grpo"])
+def test_fewer_steps_than_were_taken_are_one_line(bad_stage, tmp_path, monkeypatch, script):
+    out = tmp_path / "out"
+    (out / "checkpoints" / "step-000005").mkdir(parents=True)
+    module = importlib.import_module(script)
+    namespace = module.encoding if script == "rl" else module
+    monkeypatch.setattr(namespace, "load_processor", lambda *_: load_processor(ROOT / "toy/weak"))
+    ended = bad_stage(script, "--steps 3 --train_batch 4 --rollout_batch 4 --samples 2")
+    message = f"--steps or --passes make 3 steps, but the run in --out {out} has taken 5"
+    check(ended, script, message)
+
+
+@pytest.mark.parametrize("words", ["--data private.jsonl", "--eval_data private.jsonl"])
+def test_a_picture_outside_of_the_tasks_folder_is_not_sent(bad_stage, bad_files, tmp_path, words):
+    (tmp_path / "private.png").write_bytes(png())
+    rows = lines(TASK | {"image": str(tmp_path / "private.png")})
+    (bad_files / "private.jsonl").write_bytes(rows)
+    ended = bad_stage("downstream_grpo", f"{words} --judge model")
+    check(ended, "downstream_grpo", "private.png', outside of the data's folder; it is sent")

@@ -533,6 +533,30 @@ def test_the_policy_learns_what_wins_and_a_dead_reward_model_stops_it(tasks, ser
     assert not (tmp_path / "dead" / "checkpoints").exists()  # it did not begin
 
 
+@pytest.mark.slow
+def test_a_reward_model_that_dies_in_the_held_out_figures_costs_no_step(tasks, serve, tmp_path):
+    out = tmp_path / "out"
+    rollouts = out / "rollouts-0.jsonl"  # a step's are written before its held-out figures
+    dead = []
+
+    def dies_after_step_2(first, second):
+        if not dead and rollouts.exists() and '"step": 2,' in rollouts.read_text():
+            raise ConnectionError
+        return the_longer_wins(first, second)
+
+    words = ["--judge_url", serve(dies_after_step_2).url, "--judge_patience", 1, "--steps", 3]
+    words += ["--eval_data", tasks / "test.jsonl", "--eval_n", 8, "--eval_every", 2, "--lr", 1e-2]
+    printed = run(tasks, *words, "--out", out, fails=True)
+    assert "downstream_grpo.py: stopped, with a checkpoint: http" in printed
+    assert os.listdir(out / "checkpoints") == ["step-000002"]
+    assert [row["step"] for row in steps_of(out)] == [0, 1, 2]
+    assert "eval_win" not in steps_of(out)[-1]
+    dead.append("no more")
+    run(tasks, *words, "--out", out)
+    assert [row["step"] for row in steps_of(out)] == [0, 1, 2, 3]
+    assert steps_of(out)[-1]["eval_n"] == 8
+
+
 # --------------------------------------------------------------------------------------------------
 # A real server
 

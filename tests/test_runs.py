@@ -200,7 +200,7 @@ def open_out(out, model="no/such/model"):
 def test_out_must_not_be_the_model_nor_lie_in_it_or_around_it(tmp_path):
     model = tmp_path / "models" / "base"
     model.mkdir(parents=True)
-    with pytest.raises(InputError, match="would write over it"):
+    with pytest.raises(InputError, match="would be written over"):
         open_out(tmp_path / "models" / "x" / ".." / "base", model)
     for out in (model / "out", tmp_path / "models"):
         with pytest.raises(InputError, match="lie one in the other"):
