@@ -21,7 +21,7 @@ def results_table(results):
         if args["orders"] == "chosen_first":
             parts += [ALWAYS_FIRST, ""]
         parts += _left_out(result, args)
-        parts += _ranking(result["ranking"])
+        parts += _ranking(result.get("ranking"))
         if not result["lines"]:
             parts += ["No row has all its judgements yet.", ""]
             continue
