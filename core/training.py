@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import socket
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -21,12 +22,18 @@ from core.policy import token_logps
 # --------------------------------------------------------------------------------------------------
 # Ranks
 
+# What ranks wait for may take long: the judgements of another rank, of which stage 5 asks for
+# thousands a step; a checkpoint of 100 GB. A rank that has died does not keep the others waiting:
+# torchrun ends them, and gloo notices.
+LONGEST_WAIT = timedelta(hours=12)
+
 
 def start_ranks(seed):
     """
     Join the process group of torchrun, or form a group of one, and seed this process.
 
-    Return (rank, number of ranks, device): nccl on GPUs, gloo on a CPU.
+    Return (rank, number of ranks, device). Tensors on GPUs travel by nccl, all others by gloo:
+    nccl would end a rank that waits for the numbers of another one for more than ten minutes.
     """
     die_with_torchrun()
     cuda = torch.cuda.is_available()
@@ -40,7 +47,8 @@ def start_ranks(seed):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=LONGEST_WAIT)
     random.seed(seed)
     torch.manual_seed(seed)
     return dist.get_rank(), dist.get_world_size(), device
@@ -79,7 +87,6 @@ def all_reduce(values, how="sum"):
     """
     tensor = torch.tensor(values, dtype=torch.float64)
     if dist.is_initialized() and dist.get_world_size() > 1:
-        tensor = tensor.to("cuda" if dist.get_backend() == "nccl" else "cpu")
         operation = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[how]
         dist.all_reduce(tensor, operation)
     return tensor.tolist()

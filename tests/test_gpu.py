@@ -82,3 +82,18 @@ def test_data_workers_leave_the_gpu_alone(toy_folder, forked_after_cuda):
     assert sorted(prompt.prompt_ids for prompt in prompts) == sorted(ids)
     examples = sft.Examples("pairs.jsonl", pairs, processor, None, 4096)
     assert len(list(read_ahead(examples, range(5), 1, ahead=5))) == 5
+
+
+@pytest.mark.slow
+def test_a_rank_waits_long_for_the_numbers_of_another(tmp_path):
+    """None of the numbers travels by nccl, and each wait is longer than torch allows by itself."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*torchrun, ROOT / "tests" / "programs" / "wait_for_another_rank.py"],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
