@@ -1,6 +1,8 @@
 # What toy/run.sh and toy/ablations.sh share: the environment, and servers that end with the script.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PATH=$PWD/.venv/bin:$PATH
+if [ -d .venv-cpu ]; then PATH=$PWD/.venv-cpu/bin:$PATH; fi # on a machine with a GPU: see Makefile
+export CUDA_VISIBLE_DEVICES=
 OUT=out/toy               # the presets toy/*.args name it too
 export OMP_NUM_THREADS=1  # two processes on two cores: more threads only get in each other's way
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
