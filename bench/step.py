@@ -82,9 +82,12 @@ class Contender:
 
 
 def setup_trl(folder):
-    """Install the latest TRL, with the same torch and transformers as the project has."""
+    """
+    Install the latest TRL, with the same torch and transformers as the project has, and with the
+    client that recipes/trl_grpo.py asks its judge with.
+    """
     uv, python = Path(sys.executable).with_name("uv"), Path(folder, "bin", "python")
-    shared = ("torch==", "torchvision==", "transformers==")
+    shared = ("torch==", "torchvision==", "transformers==", "openai==")
     pins = (ROOT / "requirements.txt").read_text().split()
     pins = [pin for pin in pins if pin.startswith(shared)]
     bundles = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt")

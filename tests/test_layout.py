@@ -24,6 +24,7 @@ ROOMS = {
     "sources": {"core", "stable_reinforce"},
     "viewer": {"sources", "core", "stable_reinforce"},
     "stages": {"viewer", "sources", "core", "stable_reinforce", "toy"},
+    "recipes": {"sources", "core", "stable_reinforce", *STAGES},  # nobody imports them
 }
 PROGRAMS = ROOT / "tests" / "programs"
 MOST_NAMES = 18  # that a stage imports from one room
@@ -39,7 +40,7 @@ def sources_of(*patterns):
     return found
 
 
-PROJECT = sources_of("*.py", "core/*.py", "sources/*.py", "viewer/*.py")
+PROJECT = sources_of("*.py", "core/*.py", "sources/*.py", "viewer/*.py", "recipes/*.py")
 TOY = sources_of("toy/*.py")
 
 
@@ -96,7 +97,8 @@ def test_a_stage_can_be_read_without_knowing_forty_names(module):
 
 def test_an_import_loads_none_of_the_heavy_libraries():
     """In one process, in which the first module that loads one is named."""
-    modules = [*STAGES, "stable_reinforce", *TOY]
+    recipes = [module for module in PROJECT if room_of(module) == "recipes"]
+    modules = [*STAGES, "stable_reinforce", *TOY, *recipes]
     done = subprocess.run(
         [sys.executable, PROGRAMS / "import_each.py", *modules],
         cwd=ROOT,
