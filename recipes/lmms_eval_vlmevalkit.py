@@ -106,8 +106,8 @@ def parser():
     return p
 
 
-def main():
-    args = parser().parse_args()
+def main(words=None):
+    args = parser().parse_args(words)
     bench, path = args.bench
     if bench not in PROMPTS:
         raise InputError(f"--bench {bench}: expected {' or '.join(PROMPTS)}; they have no other")
