@@ -42,7 +42,7 @@ def duels_won(completions, question, picture, judge, **_):
     """A reward function of TRL: for each answer, the share of its duels that it won."""
     groups = group_by_prompt(completions, question, picture)
     with ThreadPoolExecutor(PROMPTS_AT_ONCE) as pool:
-        shares = pool.map(functools.partial(shares_won, judge), groups)
+        shares = pool.map(functools.partial(shares_of_prompt, judge), groups)
         return list(itertools.chain.from_iterable(shares))
 
 
@@ -56,7 +56,7 @@ def group_by_prompt(completions, question, picture):
     return groups
 
 
-def shares_won(judge, group):
+def shares_of_prompt(judge, group):
     (question, picture), answers = group
     if len(answers) == 1:
         raise InputError(
