@@ -11,6 +11,7 @@ import torch.distributed as dist
 from core.encoding import MODEL_INPUTS, PIXELS
 from core.files import InputError, in_short
 from core.model_folder import appears_whole, load_config
+from core.vision_tower import speed_up_tower
 
 # --------------------------------------------------------------------------------------------------
 # Log-probabilities of tokens
@@ -132,6 +133,7 @@ class Policy(torch.nn.Module):
         model.generation_config = without_sampling(model.generation_config)
         base = model.base_model
         base.get_rope_index = functools.partial(continue_after_videos, base.get_rope_index)
+        speed_up_tower(base.visual)
         if head_kind:
             width = model.config.get_text_config().hidden_size
             self.head = torch.nn.Sequential(
