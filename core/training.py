@@ -224,7 +224,7 @@ def make_trainer(policy, zero, lr, device, weight_decay=0.0, clip_grad=1.0):
         "gradient_clipping": clip_grad,
         "bf16": {"enabled": cuda},
         "data_types": {"grad_accum_dtype": "fp32"},
-        # else ZeRO-3 replaces torch.nn.functional.linear for the whole process, vLLM included
+        # else ZeRO-3 replaces torch.nn.functional.linear in the whole process, which is vLLM's too
         "zero_optimization": {"stage": zero, "memory_efficient_linear": False},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
