@@ -160,13 +160,13 @@ def sample_responses(run, batch, seeds, n, temperature, keep_logps=False):
     for prompt, responses in zip(batch, generated):
         for response in responses:
             ids = response.ids
-            ended = ids[-1:] == [tokenizer.eos_token_id]
-            text = tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=False)
+            text_ids = ids[:-1] if response.ended else ids
+            text = tokenizer.decode(text_ids, skip_special_tokens=False)
             sample = replace(
                 prompt,
                 response_ids=ids,
                 text=text,
-                finish="stop" if ended else "length",
+                finish="stop" if response.ended else "length",
                 sampled_logps=response.logps,
             )
             samples.append(sample)
