@@ -11,15 +11,13 @@ import math
 import os
 import random
 import re
-import subprocess
-import sys
 import threading
-import time
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import stages
 import torch
 from conftest import ROOT, png, read_rows, vllm_server, write_rows
 
@@ -34,7 +32,6 @@ from judge import JudgeDead
 from sources.reading import Dropped, Task
 
 WEAK = ROOT / "toy" / "weak"
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 # the two answers in a prompt to the reward model
 ANSWERS = re.compile(r"\[Response 1\]: (.*); \[Response 2\]: (.*)\n\nOutput Format", re.DOTALL)
 EIGHT = [f"answer {number}" for number in (3, 7, 1, 5, 0, 2, 6, 4)]
@@ -423,48 +420,10 @@ FLAGS = [
 ]
 
 
-def command(tasks, *words, ranks=1):
-    launcher = []
-    if ranks > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+def run(tasks, *words, out, **options):
+    """What downstream_grpo.py prints."""
     data = ["--model", WEAK, "--data", tasks / "train.jsonl"]
-    program = ROOT / "downstream_grpo.py"
-    return [str(word) for word in (sys.executable, *launcher, program, *data, *FLAGS, *words)]
-
-
-def run(tasks, *words, fails=False, ranks=1):
-    """What a run prints."""
-    done = subprocess.run(
-        command(tasks, *words, ranks=ranks),
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    printed = done.stdout + done.stderr
-    assert (done.returncode != 0) == fails, printed[-4000:]
-    return printed
-
-
-def steps_of(out):
-    """The log's rows without times, and without the calls, which a continued run repeats."""
-    rows = []
-    for row in read_rows(out / "log.jsonl"):
-        if "step" in row and "args" not in row:
-            changing = [key for key in row if key.startswith("s_")] + ["seconds", "judge_calls"]
-            rows.append({key: row[key] for key in row if key not in changing})
-    return rows
-
-
-def kill_after_step_3(words, out):
-    process = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
-    log, deadline = out / "log.jsonl", time.time() + 200
-    while not (log.exists() and '"step": 3,' in log.read_text()):
-        assert time.time() < deadline and process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
+    return stages.run("downstream_grpo", *data, *FLAGS, *words, out=out, **options)
 
 
 @pytest.mark.slow
@@ -472,13 +431,13 @@ def test_a_run_killed_and_resumed_is_the_unbroken_one(tasks, serve, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     words = ["--judge_url", serve(the_longer_wins).url, "--steps", 5, "--save_every", 2]
     words += ["--eval_data", tasks / "test.jsonl", "--eval_n", 8, "--eval_every", 5]
-    run(tasks, *words, "--out", whole)
-    kill_after_step_3(command(tasks, *words, "--out", broken), broken)
+    run(tasks, *words, out=whole)
+    run(tasks, *words, out=broken, kill_after_step=3)
     assert not (broken / "model.safetensors").exists()
-    run(tasks, *words, "--out", broken)
-    rows = steps_of(whole)
+    run(tasks, *words, out=broken)
+    rows = stages.steps_of(whole)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
-    assert steps_of(broken) == rows
+    assert stages.steps_of(broken) == rows
     for name in ("rollouts-0.jsonl", "model.safetensors"):
         assert (broken / name).read_bytes() == (whole / name).read_bytes(), name
     assert rows[0]["eval_win"] == 0.5
@@ -500,9 +459,9 @@ def check_that_longer_answers_earn_more(rollouts):
 @pytest.mark.slow
 def test_two_ranks_take_the_same_steps_as_one(tasks, serve, tmp_path):
     words = ["--judge_url", serve(the_longer_wins).url, "--steps", 2]
-    run(tasks, *words, "--out", tmp_path / "one", "--zero", 0)
-    run(tasks, *words, "--out", tmp_path / "two", "--micro_tokens", 300, ranks=2)
-    one, two = steps_of(tmp_path / "one"), steps_of(tmp_path / "two")
+    run(tasks, *words, "--zero", 0, out=tmp_path / "one")
+    run(tasks, *words, "--micro_tokens", 300, ranks=2, out=tmp_path / "two")
+    one, two = stages.steps_of(tmp_path / "one"), stages.steps_of(tmp_path / "two")
     assert len(one) == 2
     assert one[0]["grad_norm"] > 1e-3
     assert one[0]["spread"] > 0.05
@@ -520,15 +479,15 @@ def test_the_policy_learns_what_wins_and_a_dead_reward_model_stops_it(tasks, ser
     words = ["--judge_url", server.url, "--rollout_batch", 16, "--samples", 8, "--chunk", 8]
     words += ["--train_batch", 128, "--lr", 2e-3, "--save_every", 8]
     words += ["--eval_data", tasks / "test.jsonl", "--eval_every", 8]
-    run(tasks, *words, "--steps", 8, "--out", tmp_path / "out")
+    run(tasks, *words, "--steps", 8, out=tmp_path / "out")
     liked = [0] * 9
     for row in read_rows(tmp_path / "out" / "rollouts-0.jsonl"):
         liked[row["step"]] += row["text"] == "triangle"
     assert liked[8] / 128 > liked[1] / 128 + 0.1, liked
-    assert steps_of(tmp_path / "out")[-1]["eval_win"] > 0.5
+    assert stages.steps_of(tmp_path / "out")[-1]["eval_win"] > 0.5
     server.close()
-    words += ["--steps", 1, "--eval_n", 1, "--judge_patience", 1, "--out", tmp_path / "dead"]
-    printed = run(tasks, *words, fails=True)
+    words += ["--steps", 1, "--eval_n", 1, "--judge_patience", 1]
+    printed = run(tasks, *words, out=tmp_path / "dead", fails=True)
     assert f"downstream_grpo.py: {server.url}: no reply for 1 s" in printed
     assert not (tmp_path / "dead" / "checkpoints").exists()  # it did not begin
 
@@ -546,15 +505,15 @@ def test_a_reward_model_that_dies_in_the_held_out_figures_costs_no_step(tasks, s
 
     words = ["--judge_url", serve(dies_after_step_2).url, "--judge_patience", 1, "--steps", 3]
     words += ["--eval_data", tasks / "test.jsonl", "--eval_n", 8, "--eval_every", 2, "--lr", 1e-2]
-    printed = run(tasks, *words, "--out", out, fails=True)
+    printed = run(tasks, *words, out=out, fails=True)
     assert "downstream_grpo.py: stopped, with a checkpoint: http" in printed
     assert os.listdir(out / "checkpoints") == ["step-000002"]
-    assert [row["step"] for row in steps_of(out)] == [0, 1, 2]
-    assert "eval_win" not in steps_of(out)[-1]
+    assert [row["step"] for row in stages.steps_of(out)] == [0, 1, 2]
+    assert "eval_win" not in stages.steps_of(out)[-1]
     dead.append("no more")
-    run(tasks, *words, "--out", out)
-    assert [row["step"] for row in steps_of(out)] == [0, 1, 2, 3]
-    assert steps_of(out)[-1]["eval_n"] == 8
+    run(tasks, *words, out=out)
+    assert [row["step"] for row in stages.steps_of(out)] == [0, 1, 2, 3]
+    assert stages.steps_of(out)[-1]["eval_n"] == 8
 
 
 # --------------------------------------------------------------------------------------------------

@@ -6,16 +6,15 @@ dies. tests/test_update.py has the formulas.
 
 import os
 import random
-import signal
 import subprocess
 import sys
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
+import stages
 import torch
-from conftest import ROOT, annotator, children_of, png, read_rows, wait_until_gone
+from conftest import ROOT, annotator, png, read_rows
 
 import rl
 from core import prompts, rl_flags
@@ -23,17 +22,13 @@ from core.encoding import Sample, collate, encode, encode_prompt, load_processor
 from core.neighbours import ALGORITHMS
 from core.pairs import Pair, judging_turns, swap, write_pairs
 from core.policy import load_policy, save_policy, token_logps
-from core.sampler import Generated
 from stable_reinforce import advantages, policy_loss
 
 BASE = ROOT / "toy" / "base"
-PROGRAMS = ROOT / "tests" / "programs"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 ENVIRONMENT |= {"PYTHONPATH": str(ROOT)}
 CONSISTENT = "<think>Claims. Response 1 is better.</think><answer>1</answer>"
 INCONSISTENT = "<think>Claims. Response 2 is better.</think><answer>2</answer>"
-# what differs from run to run
-TIMES = ("seconds", "tokens_per_s")
 COLOURS = ["red", "green", "blue", "yellow"]
 FLAGS = [
     *("--judge", "rule", "--rollout_batch", "12", "--train_batch", "6", "--max_new_tokens", "24"),
@@ -94,47 +89,37 @@ def base_pairs(tmp_path_factory):
     return toy_pairs(tmp_path_factory.mktemp("pairs"), 24)
 
 
-def command(folder, *words, ranks=1, program=ROOT / "rl.py"):
-    launcher = []
-    if ranks > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+def run(folder, *words, out, **options):
+    """What rl.py prints."""
     data = ["--model", folder / "model", "--data", folder / "pairs.jsonl"]
-    return [str(word) for word in (sys.executable, *launcher, program, *data, *FLAGS, *words)]
+    return stages.run("rl", *data, *FLAGS, *words, out=out, **options)
 
 
-def run(folder, *words, fails=False, **options):
-    """What a run prints."""
-    done = subprocess.run(
-        command(folder, *words, **options),
+def torchrun(folder, program, *words, ranks):
+    """A program that takes rl.py's flags, as a user starts it."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    data = ["--model", folder / "model", "--data", folder / "pairs.jsonl"]
+    command = [sys.executable, *launcher, program, *data, *FLAGS, *words]
+    return subprocess.run(
+        [str(word) for word in command],
         cwd=ROOT,
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=500,
     )
-    printed = done.stdout + done.stderr
-    assert (done.returncode != 0) == fails, printed[-4000:]
-    return printed
 
 
-def results_of(printed):
-    """{name: value} of the lines "RESULT name: value" that a program has printed."""
+def results_of_program(folder, name, *words, ranks):
+    """{name: value} of the lines "RESULT name: value" that a program prints."""
+    done = torchrun(folder, ROOT / "tests" / "programs" / name, *words, ranks=ranks)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     found = {}
-    for line in printed.splitlines():
+    for line in done.stdout.splitlines():
         if line.startswith("RESULT "):
             name, _, value = line.removeprefix("RESULT ").partition(": ")
             found[name] = value
     return found
-
-
-def steps_of(out):
-    """The log's rows of steps, without times."""
-    rows = []
-    for row in read_rows(out / "log.jsonl"):
-        if "reward" in row:
-            kept = {key: row[key] for key in row if key not in TIMES and not key.startswith("s_")}
-            rows.append(kept)
-    return rows
 
 
 def args_of(*words):
@@ -243,20 +228,6 @@ def test_a_damaged_image_is_named_by_its_pair(tmp_path):
 # Rewards and advantages
 
 
-def test_whatever_token_ends_a_response_is_no_part_of_its_text():
-    """A model may have several end tokens. Each is learnt, as a part of the response's ids."""
-    processor = load_processor(BASE)
-    ids = processor.tokenizer.encode("red or blue")
-    responses = [Generated(ids, None, ended=True), Generated(ids, None, ended=False)]
-    sampler = SimpleNamespace(generate=lambda *_: [responses])
-    run = SimpleNamespace(args=args_of(), processor=processor, sampler=sampler)
-    ended, cut_off = rl.sample_responses(run, [Sample([1], [0], {})], [0], 2, 1.0)
-    assert (ended.finish, cut_off.finish) == ("stop", "length")
-    assert ended.text == processor.tokenizer.decode(ids[:-1])
-    assert cut_off.text == "red or blue"
-    assert ended.response_ids == cut_off.response_ids == ids
-
-
 def judgement(text, choice, finish="stop"):
     pair = Pair("0", "toy", "Which?", [], None, ["a", "b"], choice)
     return Sample([], [], {}, response_ids=[1, 2], pair=pair, text=text, finish=finish)
@@ -362,15 +333,14 @@ def gradient_of(policy, sample):
 @pytest.mark.parametrize(("zero", "ranks"), [(2, 1), (3, 2)])
 def test_the_comparison_passes_and_notices_every_planted_fault(judge_folder, zero, ranks):
     """Images, videos and text, before and after syncs that move every weight."""
-    program = PROGRAMS / "compare_with_faults.py"
-    printed = run(judge_folder, "--zero", zero, ranks=ranks, program=program)
-    assert results_of(printed) == {
+    program = "compare_with_faults.py"
+    assert results_of_program(judge_folder, program, "--zero", zero, ranks=ranks) == {
         "no fault": "True",
         "no embeddings": "RuntimeError",  # the sync itself says what is missing
         "other pixels": "False",
         "no pictures": "RuntimeError",  # the prompt has another length
         "nothing forgotten": "False",
-    }, printed[-4000:]
+    }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -381,10 +351,10 @@ def test_the_comparison_passes_and_notices_every_planted_fault(judge_folder, zer
 def test_one_rank_and_two_take_the_same_steps_at_any_budget(judge_folder, tmp_path):
     """ZeRO 0 on one rank, ZeRO 2 and 3 on two, in micro-batches of other sizes."""
     three = ["--zero", 3, "--micro_tokens", 1000, "--workers", 0]
-    run(judge_folder, "--out", tmp_path / "one", "--steps", 2, "--zero", 0)
-    run(judge_folder, "--out", tmp_path / "two", "--steps", 2, "--micro_tokens", 400, ranks=2)
-    run(judge_folder, "--out", tmp_path / "three", "--steps", 2, *three, ranks=2)
-    one, two, three = (steps_of(tmp_path / name) for name in ("one", "two", "three"))
+    run(judge_folder, "--steps", 2, "--zero", 0, out=tmp_path / "one")
+    run(judge_folder, "--steps", 2, "--micro_tokens", 400, ranks=2, out=tmp_path / "two")
+    run(judge_folder, "--steps", 2, *three, ranks=2, out=tmp_path / "three")
+    one, two, three = (stages.steps_of(tmp_path / name) for name in ("one", "two", "three"))
     assert len(one) == 2
     assert one[0]["grad_norm"] > 1e-4
     assert 0 < one[0]["result"] < 1
@@ -399,32 +369,18 @@ def test_one_rank_and_two_take_the_same_steps_at_any_budget(judge_folder, tmp_pa
     assert len(read_rows(tmp_path / "two" / "rollouts-1.jsonl")) == 12  # 6 a step
 
 
-def kill_after_step_3(words, out):
-    """kill -9 in the middle of a step; its data workers die, too."""
-    process = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
-    deadline = time.time() + 200
-    log = out / "log.jsonl"
-    while not (log.exists() and '"step": 3,' in log.read_text()):
-        assert time.time() < deadline and process.poll() is None
-        time.sleep(0.02)
-    workers = children_of(process.pid)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    wait_until_gone(workers)
-
-
 @pytest.mark.slow
 def test_a_run_killed_and_resumed_is_the_unbroken_one(judge_folder, tmp_path):
     """Log, judgements and weights are the same bit for bit."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     words = ["--engine", "hf", "--steps", 6, "--save_every", 2, "--samples", 2]
-    run(judge_folder, *words, "--out", whole)
-    kill_after_step_3(command(judge_folder, *words, "--out", broken), broken)
+    run(judge_folder, *words, out=whole)
+    run(judge_folder, *words, out=broken, kill_after_step=3)
     assert "step-000002" in os.listdir(broken / "checkpoints")
     assert not (broken / "model.safetensors").exists()
-    run(judge_folder, *words, "--out", broken)
-    assert len(steps_of(whole)) == 6
-    assert steps_of(broken) == steps_of(whole)
+    run(judge_folder, *words, out=broken)
+    assert len(stages.steps_of(whole)) == 6
+    assert stages.steps_of(broken) == stages.steps_of(whole)
     for name in ("rollouts-0.jsonl", "model.safetensors"):
         assert (broken / name).read_bytes() == (whole / name).read_bytes(), name
     assert (whole / "curves.png").stat().st_size > 10_000
@@ -443,9 +399,10 @@ def test_a_judge_that_cannot_be_asked_stops_all_ranks_before_the_first_rollout(
     with annotator() as judge:
         wrong = judge.url + "/wrong"  # 404
         words = ["--judge", "model", "--judge_url", wrong, "--out", tmp_path / "out"]
-        printed = run(judge_folder, *words, ranks=2, fails=True)
-    assert f"rl.py: {wrong}: status 404" in printed
-    assert "check OPENAI_API_KEY, --judge_url and --judge_model" in printed
+        done = torchrun(judge_folder, ROOT / "rl.py", *words, ranks=2)
+    assert done.returncode != 0
+    assert f"rl.py: {wrong}: status 404" in done.stderr
+    assert "check OPENAI_API_KEY, --judge_url and --judge_model" in done.stderr
     assert not (tmp_path / "out" / "log.jsonl").exists()
 
 
@@ -453,21 +410,21 @@ def test_a_judge_that_cannot_be_asked_stops_all_ranks_before_the_first_rollout(
 def test_a_dead_judge_stops_the_run_with_a_checkpoint(judge_folder, tmp_path):
     """No reward is made up, and with a judge that replies the same command goes on."""
     out = tmp_path / "out"
-    words = ["--engine", "hf", "--steps", 2, "--out", out]
+    words = ["--engine", "hf", "--steps", 2]
     asking = [*words, "--judge", "model", "--judge_patience", 2, "--judge_retries", 1]
     with annotator() as judge:
         # it answers the question at the start, and dies before the first judgement is there
         threading.Thread(target=close_after_one_answer, args=[judge], daemon=True).start()
-        printed = run(judge_folder, *asking, "--judge_url", judge.url, fails=True)
+        printed = run(judge_folder, *asking, "--judge_url", judge.url, out=out, fails=True)
     assert "rl.py: stopped, with a checkpoint" in printed
     assert "no reply for 2 s" in printed
     assert os.listdir(out / "checkpoints") == ["step-000000"]
-    assert steps_of(out) == []
+    assert stages.steps_of(out) == []
     with annotator() as judge:
-        run(judge_folder, *asking, "--judge_url", judge.url)
+        run(judge_folder, *asking, "--judge_url", judge.url, out=out)
         assert sum(judge.stats["judge"].values()) > 0
-    assert len(steps_of(out)) == 2
-    printed = run(judge_folder, *words, fails=True)
+    assert len(stages.steps_of(out)) == 2
+    printed = run(judge_folder, *words, out=out, fails=True)
     assert "judge was 'model', is now 'rule'" in printed
     assert "choose another --out" in printed
 
@@ -481,8 +438,8 @@ def test_a_dead_judge_stops_the_run_with_a_checkpoint(judge_folder, tmp_path):
     ],
 )
 def test_a_run_with_a_penalty_towards_a_reference(judge_folder, tmp_path, words):
-    run(judge_folder, "--engine", "hf", "--steps", 1, "--out", tmp_path / "out", *words)
-    (row,) = steps_of(tmp_path / "out")
+    run(judge_folder, "--engine", "hf", "--steps", 1, *words, out=tmp_path / "out")
+    (row,) = stages.steps_of(tmp_path / "out")
     assert row["grad_norm"] > 0
     assert row["samples"] == 12
 
@@ -494,13 +451,8 @@ def test_every_algorithm_takes_a_step_on_two_ranks(judge_folder, tmp_path):
     the other has an empty micro-batch.
     """
     sizes = ["--rollout_batch", 6, "--samples", 2, "--train_batch", 3, "--micro_tokens", 1]
-    printed = run(
-        judge_folder,
-        *("--engine", "hf", "--steps", 1, *sizes, "--save_every", 0, tmp_path / "out"),
-        ranks=2,
-        program=PROGRAMS / "every_algorithm.py",
-    )
-    norms = results_of(printed)
-    assert list(norms) == list(ALGORITHMS), printed[-4000:]
+    words = ["--engine", "hf", "--steps", 1, *sizes, "--save_every", 0, tmp_path / "out"]
+    norms = results_of_program(judge_folder, "every_algorithm.py", *words, ranks=2)
+    assert list(norms) == list(ALGORITHMS)
     for name, norm in norms.items():
         assert 0 < float(norm) < 1000, name

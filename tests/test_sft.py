@@ -4,20 +4,16 @@ and on inputs that are wrong.
 """
 
 import json
-import multiprocessing
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
 import pytest
+import stages
 import torch
-from conftest import ROOT, children_of, make_toy_pairs, wait_until_gone
+from conftest import make_toy_pairs
 
 import sft
 from core.encoding import Sample, collate, load_processor
@@ -31,55 +27,9 @@ TOY_PICTURES = ["--min_pixels", "3136", "--max_pixels", "12544"]
 # Helpers
 
 
-# Runs of sft.py are forked from a server that has imported what is slow and started no thread.
-FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["torch", "transformers", "deepspeed", "sft"])
-
-
-def start_sft(*words):
-    """Start sft.py; return its process and the pipe that gets its error, "" if there is none."""
-    receiver, sender = multiprocessing.Pipe()
-    process = FORKSERVER.Process(target=sft_process, args=(sender, [str(word) for word in words]))
-    process.start()
-    sender.close()
-    return process, receiver
-
-
-def sft_process(pipe, words):
-    multiprocessing.set_start_method("fork", force=True)  # so that data workers start fast
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
-    sys.argv = ["sft.py", *words]
-    try:
-        sft.main()
-        pipe.send("")
-    except BaseException as problem:
-        pipe.send(f"{type(problem).__name__}: {problem}")
-        raise
-
-
-def run_sft(*words):
-    """Run sft.py; return its error, "" if there is none."""
-    process, receiver = start_sft(*words)
-    try:
-        return receiver.recv()
-    except EOFError:
-        return "died"
-    finally:
-        process.join(60)
-
-
-def read_steps(folder):
-    """The rows of a log's steps, without what differs from run to run."""
-    path = Path(folder, "log.jsonl")
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = [json.loads(line) for line in lines]
-    return [{key: row[key] for key in row if key != "seconds"} for row in rows if "step" in row]
-
-
-def last_step(folder):
-    return max((row["step"] for row in read_steps(folder)), default=0)
+def run_sft(*words, out, **options):
+    """What sft.py prints."""
+    return stages.run("sft", *words, out=out, **options)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -163,14 +113,9 @@ def test_the_loss_is_a_mean_over_the_global_batch_whatever_the_ranks(toy_folder,
     words += ["--no-recompute", *TOY_PICTURES]
     if head:
         words += ["--head", head]
-    assert run_sft(*words, "--out", tmp_path / "1", "--micro_tokens", 10**6, "--zero", 0) == ""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run(
-        [*command, ROOT / "sft.py", *words, "--out", tmp_path / "2", "--micro_tokens", "700"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=True,
-    )
-    one, two = read_steps(tmp_path / "1"), read_steps(tmp_path / "2")
+    run_sft(*words, "--micro_tokens", 10**6, "--zero", 0, out=tmp_path / "1")
+    run_sft(*words, "--micro_tokens", "700", ranks=2, out=tmp_path / "2")
+    one, two = stages.steps_of(tmp_path / "1"), stages.steps_of(tmp_path / "2")
     assert [row["step"] for row in one] == [0, 1, 2, 3]
     assert [row["lr"] for row in one[1:]] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3])
     for a, b in zip(one, two, strict=True):
@@ -188,22 +133,12 @@ def test_a_run_that_is_killed_continues_bit_for_bit(toy_folder, tmp_path):
     words += ["--lr", "1e-3", "--micro_tokens", "600", "--workers", "1", "--no-recompute"]
     words += TOY_PICTURES
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert run_sft(*words, "--out", whole) == ""
-    moments, kills = random.Random(time.time_ns()), 0
-    for step in sorted(moments.sample(range(2, 20), 2)):
-        process, _ = start_sft(*words, "--out", killed)
-        while process.is_alive() and last_step(killed) < step:
-            time.sleep(0.01)
-        time.sleep(moments.random() * 0.2)
-        if process.is_alive():
-            kills += 1
-            workers = children_of(process.pid)
-            os.kill(process.pid, signal.SIGKILL)
-            wait_until_gone(workers)
-        process.join()
-    assert run_sft(*words, "--out", killed) == "" and kills
-    steps = read_steps(whole)
-    assert read_steps(killed) == steps and [row["step"] for row in steps] == list(range(21))
+    run_sft(*words, out=whole)
+    for step in sorted(random.Random(time.time_ns()).sample(range(2, 19), 2)):
+        run_sft(*words, out=killed, kill_after_step=step)
+    run_sft(*words, out=killed)
+    steps = stages.steps_of(whole)
+    assert stages.steps_of(killed) == steps and [row["step"] for row in steps] == list(range(21))
     rows = [json.loads(line) for line in (killed / "log.jsonl").read_text().splitlines()]
     assert rows[0]["args"]["lr"] == 1e-3 and rows[0]["versions"]["torch"].startswith("2.")
     assert sum("resumed" in row for row in rows) >= 1
@@ -211,9 +146,10 @@ def test_a_run_that_is_killed_continues_bit_for_bit(toy_folder, tmp_path):
     assert model == (killed / "model.safetensors").read_bytes()
     assert not (whole / "checkpoints").exists() and (whole / "curves.png").exists()
     before = (whole / "log.jsonl").read_bytes()
-    assert run_sft(*words, "--out", whole) == ""  # it is finished, and says so
+    run_sft(*words, out=whole)  # it is finished
     assert (whole / "log.jsonl").read_bytes() == before
-    assert "--epochs was 2, is now 3" in run_sft(*words, "--epochs", "3", "--out", whole)
+    printed = run_sft(*words, "--epochs", "3", out=whole, fails=True)
+    assert "--epochs was 2, is now 3" in printed
 
 
 @pytest.mark.slow
@@ -226,8 +162,8 @@ def test_a_reward_head_learns_and_comes_back(toy_folder, tmp_path, head):
     words = ["--model", toy_folder / "base", "--data", data, "--head", head, "--batch", "16"]
     words += ["--lr", "3e-3", "--epochs", "5", "--eval_every", "100", "--eval_n", "16"]
     words += ["--max_new_tokens", "3", "--save_every", "0", "--workers", "0", "--no-recompute"]
-    assert run_sft(*words, *TOY_PICTURES, "--out", tmp_path / "out") == ""
-    first, *_, last = read_steps(tmp_path / "out")
+    run_sft(*words, *TOY_PICTURES, out=tmp_path / "out")
+    first, *_, last = stages.steps_of(tmp_path / "out")
     assert last["val_n"] == 16 and last["val_loss"] < 0.5 * first["val_loss"]
     if head == "scalar":
         assert last["val_accuracy"] == 1 and last["loss"] < 0.1
@@ -257,8 +193,8 @@ def test_what_cannot_be_learned_from_is_dropped_and_a_frozen_tower_stays(toy_fol
     words = ["--model", toy_folder / "base", "--data", tmp_path / "pairs.jsonl", "--batch", "5"]
     words += ["--lr", "1e-2", "--eval_n", "0", "--zero", "1", "--context", "600"]
     words += ["--workers", "2", "--freeze_vision"]
-    assert run_sft(*words, *TOY_PICTURES, "--out", tmp_path / "out") == ""
-    log = read_steps(tmp_path / "out")
+    run_sft(*words, *TOY_PICTURES, out=tmp_path / "out")
+    log = stages.steps_of(tmp_path / "out")
     assert [row["step"] for row in log] == [1, 2, 3]
     assert log[-1]["dropped"] == {"too long": 1, "no annotation": 1, "no critiques": 0}
     assert sum(row["pairs"] for row in log) == 10
@@ -271,8 +207,8 @@ def test_what_cannot_be_learned_from_is_dropped_and_a_frozen_tower_stays(toy_fol
 @pytest.mark.slow
 def test_a_run_whose_pairs_were_all_dropped_saves_no_model(toy_folder, tmp_path):
     words = ["--model", toy_folder / "base", "--data", toy_folder / "pairs.jsonl", "--batch", "20"]
-    words += ["--eval_n", "0", "--context", "20", "--workers", "0", "--out", tmp_path / "out"]
-    error = run_sft(*words, *TOY_PICTURES)
+    words += ["--eval_n", "0", "--context", "20", "--workers", "0"]
+    error = run_sft(*words, *TOY_PICTURES, out=tmp_path / "out", fails=True)
     assert "step 1 has no pair left: so far were dropped too long 20" in error
     assert not (tmp_path / "out" / "config.json").exists()
 
@@ -281,18 +217,18 @@ def test_a_run_whose_pairs_were_all_dropped_saves_no_model(toy_folder, tmp_path)
 def test_an_error_says_where_it_is_and_what_to_do(toy_folder, tmp_path):
     pairs = make_toy_pairs(tmp_path, 6, seed=5, media=("image",))
     write_pairs(tmp_path / "pairs.jsonl", pairs)
-    words = ["--data", tmp_path / "pairs.jsonl", "--out", tmp_path / "out", "--batch", "2"]
+    words = ["--data", tmp_path / "pairs.jsonl", "--batch", "2"]
     words += ["--eval_n", "0", "--no-recompute", *TOY_PICTURES]
     base = ["--model", toy_folder / "base"]
     # a rate at which the weights overflow
     unstable = ["--workers", "0", "--lr", "1e30", "--warmup", "0", "--clip_grad", "0"]
-    error = run_sft(*base, *words, *unstable)
-    assert error.startswith("InputError") and "--lr 1e+30 is too high" in error
+    error = run_sft(*base, *words, *unstable, out=tmp_path / "out", fails=True)
+    assert "--lr 1e+30 is too high" in error
     kept = json.loads((tmp_path / "out" / "not_finite.json").read_text())
     assert kept["step"] in (2, 3)
     assert len(kept["ids"]) == 2 and set(kept["ids"]) < {pair.id for pair in pairs}
     # a picture that is none, found by a worker
     broken = Path(pairs[3].images[0])
     broken.write_text("no picture")
-    error = run_sft(*base, *words, "--workers", "1")
+    error = run_sft(*base, *words, "--workers", "1", out=tmp_path / "out", fails=True)
     assert "pairs.jsonl, line 4 (pair-5-3): an image cannot be read" in error
