@@ -2,6 +2,7 @@
 # make toy        the whole pipeline on the toy world, two CPU cores, about 14 minutes
 # make test       every test
 # make test-fast  the tests that start no vLLM and train nothing in a process of its own
+# make try        a page in the browser to ask a judge: the toy's, or MODEL=folder or hub name
 # make torture    kills, faults and memory, tried in numbers: results/torture.md, more than an hour
 # make lint       the form of the code: ruff format and ruff check, see pyproject.toml
 # make bench      speed next to what one would use instead, into results/bench.md, about 13 minutes;
@@ -18,7 +19,7 @@ CPU_VENV := $(VENV)$(if $(GPU),-cpu)
 PY = $(CPU_VENV)/bin/python
 toy test test-fast torture bench: export CUDA_VISIBLE_DEVICES =
 
-.PHONY: setup setup-cpu test test-fast torture lint toy bench
+.PHONY: setup setup-cpu test test-fast torture try lint toy bench
 
 setup:
 	@toy/setup.sh $(if $(GPU),gpu,cpu) $(VENV)
@@ -37,6 +38,9 @@ test: setup-cpu
 test-fast: setup-cpu
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist worksteal -m "not slow"
 
+try: setup
+	@PYTHON=$(VENV)/bin/python viewer/try.sh
+
 torture: setup-cpu
 	OMP_NUM_THREADS=1 $(PY) tests/torture.py
 
@@ -53,9 +57,8 @@ bench: setup-cpu
 	$(PY) bench/step.py --out out/bench/step.md
 	$(PY) bench/gpu.py --shape small --samples 2 --new_tokens 16 --image_tokens 4 --words 8 --budgets 512 1024 --out out/bench/gpu.md
 	$(PY) bench/token_logps.py --tokens 2048 --repeats 2 --out out/bench/token_logps.md
-	$(PY) bench/vision_tower.py --out out/bench/vision_tower.md
 	$(PY) bench/evaluate.py --model $(if $(wildcard out/toy/rl/config.json),out/toy/rl,toy/base) \
 		--data out/toy/data/dev/pairs.jsonl --limit 64 --seconds 40 --out out/bench/evaluate.md
 	$(PY) bench/annotate.py --out out/bench/annotate.md
 	{ printf '# Speed\n\nBy `make bench`. How each number is taken stands at the head of its script.\n'; \
-	for part in step gpu token_logps vision_tower evaluate annotate; do echo; cat out/bench/$$part.md; done; } > results/bench.md
+	for part in step gpu token_logps evaluate annotate; do echo; cat out/bench/$$part.md; done; } > results/bench.md

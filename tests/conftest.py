@@ -140,6 +140,11 @@ def http_server(respond):
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             respond(self, request)
 
+        def do_OPTIONS(self):
+            """Before a browser lets a page ask another server, it asks whether it may."""
+            allowed = {"Access_Control_Allow_Origin": "*", "Access_Control_Allow_Headers": "*"}
+            send(self, b"", **allowed)
+
         def log_message(self, *_):
             pass
 
