@@ -233,7 +233,7 @@ def load_reward_heads(args):
 
 # flags of a run over files, which a judge in Python has no use for
 OF_RUNS = ("bench", "limit", "group", "scores", "judgements", "media_root", "out", "ties")
-OF_RUNS += ("retry_left_out", "score_only", "compare", "page", "ab", "tally")
+OF_RUNS += ("price", "retry_left_out", "score_only", "compare", "page", "ab", "tally")
 
 
 class Judge(judge_in_python.Judge):
