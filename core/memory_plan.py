@@ -11,6 +11,7 @@ it is awake, and little while it sleeps.
 
 import copy
 import functools
+import math
 import os
 import sys
 from dataclasses import dataclass, fields
@@ -137,11 +138,17 @@ def plan_memory(model, flags, world, gpu=None):
         optimizer=4 * floats * model.trained / of_optimizer,
         reference=size * model.weights if getattr(flags, "kl_coef", 0) else 0,
         buffers=trainer_buffers(model, flags.zero, size, world),
-        activations=activations(model, flags.micro_tokens, flags.recompute, size),
+        activations=activations(model, micro_batch_tokens(flags, world), flags.recompute, size),
         optimizer_step=4 * copies * model.trained / of_optimizer,
         vllm_awake=awake,
         vllm_asleep=asleep,
     )
+
+
+def micro_batch_tokens(flags, world):
+    """At most: --micro_tokens or, if that is less, all that a rank has of a batch."""
+    samples = flags.train_batch if hasattr(flags, "train_batch") else 2 * flags.batch
+    return min(flags.micro_tokens, math.ceil(samples / world) * flags.context)
 
 
 def vllm_memory(model, flags, gpu):

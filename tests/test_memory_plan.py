@@ -7,6 +7,7 @@ import torch
 from conftest import ROOT
 
 import rl
+import sft
 from bench import gpu as shapes
 from core import memory_plan, runs
 from core.files import InputError
@@ -70,6 +71,16 @@ def test_four_layers_of_it_fit_one_gpu():
 def test_the_ranks_of_a_machine_without_gpus_share_its_memory(seven_b):
     reason = why_not(seven_b, flags_of("--zero", 1), 2, Machine(24e9, 2))
     assert "for 2 rank(s) on this machine, and 24.0 GB are free" in reason
+
+
+def test_a_micro_batch_is_at_most_what_a_rank_has_of_a_batch():
+    flags = flags_of("--micro_tokens", 10**9, "--context", 100, "--train_batch", 8)
+    assert memory_plan.micro_batch_tokens(flags, 4) == 2 * 100
+    both_answers_of_each_pair = sft.parser().parse_args(
+        ["--data", "-", "--out", "-", "--batch", "8", "--context", "100"]
+    )
+    assert memory_plan.micro_batch_tokens(both_answers_of_each_pair, 4) == 4 * 100
+    assert memory_plan.micro_batch_tokens(flags_of("--micro_tokens", 64), 4) == 64
 
 
 def test_a_frozen_tower_is_not_trained():
