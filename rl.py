@@ -64,7 +64,7 @@ from core import (
     training,
 )
 from core.memory_plan import check_memory
-from core.policy import gather_zero3, load_policy, save_policy, token_logps
+from core.policy import load_policy, save_policy, token_logps, whole_weights
 from core.sampler import HFSampler, VLLMSampler
 from core.seeds import seed_from
 from judge import ConsistencyJudge
@@ -160,13 +160,13 @@ def sample_responses(run, batch, seeds, n, temperature, keep_logps=False):
     for prompt, responses in zip(batch, generated):
         for response in responses:
             ids = response.ids
-            ended = ids[-1:] == [tokenizer.eos_token_id]
-            text = tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=False)
+            text_ids = ids[:-1] if response.ended else ids
+            text = tokenizer.decode(text_ids, skip_special_tokens=False)
             sample = replace(
                 prompt,
                 response_ids=ids,
                 text=text,
-                finish="stop" if ended else "length",
+                finish="stop" if response.ended else "length",
                 sampled_logps=response.logps,
             )
             samples.append(sample)
@@ -383,20 +383,14 @@ def micro_batch_loss(run, denominator, samples):
 # --------------------------------------------------------------------------------------------------
 # 8. Sync, 2. compare
 
-SYNC_SIZE = 16  # under ZeRO-3 so many weights are whole at a time; a call for each would be slow
-
 
 def sync(run):
-    """Every weight of the policy goes into vLLM, SYNC_SIZE of them at a time."""
+    """Every weight of the policy goes into vLLM."""
     sampler = run.sampler
     sampler.wake_weights()
     missing = sampler.weight_names()
-    named = list(run.policy.model.named_parameters())
-    for start in range(0, len(named), SYNC_SIZE):
-        some = named[start : start + SYNC_SIZE]
-        with gather_zero3([parameter for _, parameter in some]):
-            weights = [(name, parameter.data) for name, parameter in some]
-            missing -= sampler.load_weights(weights)
+    for some in whole_weights(run.policy.model):
+        missing -= sampler.load_weights(some)
     if missing:
         names = ", ".join(sorted(missing))
         raise RuntimeError(f"the sync did not reach these weights of vLLM's model: {names}")

@@ -318,7 +318,7 @@ def own_critiques(trainer, processor, groups, max_new_tokens):
     """Replace the annotator's critiques by the model's."""
     samples = list(chain.from_iterable(groups))
     critiques = generate_greedily(trainer, processor, samples, max_new_tokens)
-    samples = [replace(sample, response_ids=ids) for sample, ids in zip(samples, critiques)]
+    samples = [replace(sample, response_ids=own.ids) for sample, own in zip(samples, critiques)]
     return [samples[i : i + 2] for i in range(0, len(samples), 2)]
 
 
@@ -328,19 +328,19 @@ def judge_pairs(trainer, processor, local_pairs, max_new_tokens):
     prompts = [encoding.encode(processor, judging_turns(pair)) for pair in local_pairs]
     judgements = generate_greedily(trainer, processor, prompts, max_new_tokens)
     right, well_formed = 0, 0
-    for pair, ids in zip(local_pairs, judgements):
-        verdict = parse(tokenizer.decode(ids, skip_special_tokens=True))
+    for pair, judgement in zip(local_pairs, judgements):
+        verdict = parse(tokenizer.decode(judgement.ids, skip_special_tokens=True))
         right += verdict.choice == pair.choice
-        well_formed += verdict.well_formed and ids[-1] == tokenizer.eos_token_id
+        well_formed += verdict.well_formed and judgement.ended
     right, well_formed, n = training.all_reduce([right, well_formed, len(local_pairs)])
     return {"val_format": well_formed / n, "val_accuracy": right / n, "val_n": int(n)}
 
 
 def generate_greedily(trainer, processor, prompts, max_new_tokens):
-    """Return the token ids of the model's response to each prompt at temperature 0."""
+    """Return the model's response to each prompt at temperature 0, as Generated."""
     sampler = HFSampler(trainer.module, processor, trainer.device)
     generated = sampler.generate(prompts, temperature=0.0, max_tokens=max_new_tokens)
-    return [responses[0].ids for responses in generated]
+    return [responses[0] for responses in generated]
 
 
 # --------------------------------------------------------------------------------------------------

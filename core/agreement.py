@@ -9,6 +9,9 @@ import torch
 from core.policy import gather_zero3
 from core.training import all_reduce
 
+# A CPU only ever takes the older of vLLM's two model runners.
+ADVICE = "On a GPU, see whether VLLM_USE_V2_MODEL_RUNNER=0 (vLLM's older model runner) fixes it"
+
 
 def mismatch(samples, trainer_logps):
     """|log-probability by vLLM - by the trainer|: mean and maximum over tokens and ranks."""
@@ -35,7 +38,7 @@ def require_same_policy(mean, largest, step, device):
             f"differ by {mean:.2e} on average and {largest:.2e} at most; expected a mean of at "
             f"most {bound:g}. Likely: weights that did not reach vLLM (the vision tower's, for "
             "example), features cached before the sync, images of another size, another attention "
-            "kernel or precision"
+            f"kernel or precision. {ADVICE}"
         )
 
 
@@ -58,6 +61,8 @@ def print_check(rows, device):
     for when, judgements, mean, largest in rows:
         verdict = "ok" if mean <= bound else "NOT THE SAME POLICY"
         print(f"{when:24s} {judgements:10.0f} {mean:10.2e} {largest:10.2e}   {verdict}")
+    if not all_within_bound(rows, device):
+        print(ADVICE)
 
 
 def all_within_bound(rows, device):

@@ -29,7 +29,7 @@ from core.training import micro_batches
 from stable_reinforce import parse
 
 PREPARED_JOBS = 64  # jobs whose images are read ahead for vLLM
-SAMPLES_IN_FLIGHT = 512  # vLLM runs 256 at a time
+SAMPLES_IN_FLIGHT = 512  # at least; vLLM runs 256 at a time on a CPU, 1,024 on a large GPU
 MOST_REFUSED = 8  # requests that a server refuses before it has answered any
 TOKENS_OF_A_BATCH = 16384  # of the reward heads, padding included
 ROWS_OF_A_BATCH = 64
@@ -189,6 +189,8 @@ class VLLMBackend:
                 limit_mm_per_prompt={"image": 16, "video": 1},
             )
         self.engine = llm.llm_engine
+        at_once = self.engine.vllm_config.scheduler_config.max_num_seqs
+        self.samples_in_flight = max(SAMPLES_IN_FLIGHT, at_once)
 
     def answer(self, jobs):
         from vllm.exceptions import VLLMClientError
@@ -201,7 +203,7 @@ class VLLMBackend:
                     job = jobs.popleft()
                     prepared.append((job, pool.submit(self._request, job)))
                 samples = sum(job.count for job in in_flight.values())
-                while prepared and samples < SAMPLES_IN_FLIGHT:
+                while prepared and samples < self.samples_in_flight:
                     job, request = prepared.popleft()
                     try:
                         in_flight[self._send(job, request)] = job

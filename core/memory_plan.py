@@ -137,7 +137,7 @@ def plan_memory(model, flags, world, gpu=None):
         gradients=4 * model.trained / of_gradients,
         optimizer=4 * floats * model.trained / of_optimizer,
         reference=size * model.weights if getattr(flags, "kl_coef", 0) else 0,
-        buffers=trainer_buffers(model, flags.zero, size, world),
+        buffers=trainer_buffers(model, flags, size, world),
         activations=activations(model, micro_batch_tokens(flags, world), flags.recompute, size),
         optimizer_step=4 * copies * model.trained / of_optimizer,
         vllm_awake=awake,
@@ -161,11 +161,13 @@ def vllm_memory(model, flags, gpu):
     return flags.memory * gpu, VLLM_ASLEEP
 
 
-def trainer_buffers(model, zero, size, world):
+def trainer_buffers(model, flags, size, world):
     """DeepSpeed's: gradients on their way to other ranks, and weights that ZeRO-3 has gathered."""
     buffers = size * min(BUCKET, model.trained)
-    if zero == 3 and world > 1:
-        buffers += size * min(LIVE, model.weights)
+    if flags.zero == 3 and world > 1:
+        # without recomputation a layer's weights stay whole until its backward pass
+        whole = min(LIVE, model.weights) if flags.recompute else model.weights
+        buffers += size * whole
     return buffers
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from core.encoding import MODEL_INPUTS, PIXELS
 from core.files import InputError, in_short
 from core.model_folder import appears_whole, load_config
+from core.vision_tower import speed_up_tower
 
 # --------------------------------------------------------------------------------------------------
 # Log-probabilities of tokens
@@ -132,6 +133,7 @@ class Policy(torch.nn.Module):
         model.generation_config = without_sampling(model.generation_config)
         base = model.base_model
         base.get_rope_index = functools.partial(continue_after_videos, base.get_rope_index)
+        speed_up_tower(base.visual)
         if head_kind:
             width = model.config.get_text_config().hidden_size
             self.head = torch.nn.Sequential(
@@ -358,13 +360,24 @@ def save_head(weights, kind, folder):
 
 
 def gather_weights(module, rank):
-    """{name: parameter} on rank 0's CPU, one parameter at a time under ZeRO-3."""
+    """{name: weight} on rank 0's CPU."""
     weights = {}
-    for name, parameter in module.named_parameters():
-        with gather_zero3([parameter]):
-            if rank == 0:
-                weights[name] = parameter.detach().cpu().clone()
+    for some in whole_weights(module):
+        if rank == 0:
+            weights |= {name: weight.to("cpu", copy=True) for name, weight in some}
     return weights
+
+
+WHOLE_AT_ONCE = 16  # weights under ZeRO-3: one at a time would be slow, all would fill the GPU
+
+
+def whole_weights(module):
+    """Yield lists of (name, weight) that are whole until the next list is asked for."""
+    named = list(module.named_parameters())
+    for start in range(0, len(named), WHOLE_AT_ONCE):
+        some = named[start : start + WHOLE_AT_ONCE]
+        with gather_zero3([parameter for _, parameter in some]):
+            yield [(name, parameter.data) for name, parameter in some]
 
 
 def gather_zero3(parameters, write=False):

@@ -15,6 +15,7 @@ MAX_PICTURES = 8  # images in a prompt
 class Generated:
     ids: list[int]  # response tokens, with the end token if it came to that
     logps: list[float] | None  # of each token, if asked for
+    ended: bool  # with an end token, not by max_tokens
 
 
 class VLLMSampler:
@@ -36,13 +37,17 @@ class VLLMSampler:
             limit_mm_per_prompt={"image": MAX_PICTURES, "video": 1},
             distributed_executor_backend="external_launcher",
             max_num_seqs=256,
+            # the trainer computes logits in float32, so they are not rounded to bfloat16 here
+            hf_overrides={"head_dtype": "float32"},
             **options,
         )
-        vocabulary = self.llm.llm_engine.model_config.get_vocab_size()
+        model_config = self.llm.llm_engine.model_config
+        vocabulary = model_config.get_vocab_size()
         self.logit_bias = dict.fromkeys(forbidden_token_ids(processor, vocabulary), -100.0)
         tokenizer = processor.tokenizer
         self.pads = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
-        self.end = tokenizer.eos_token_id
+        generation_config = model_config.try_get_generation_config()
+        self.ends = end_token_ids(tokenizer, generation_config.get("eos_token_id"))
         self.can_load = self.llm.apply_model(has_all_weights)[0]
 
     def generate(self, prompts, seeds, n=1, temperature=1.0, max_tokens=1024, logps=False):
@@ -63,7 +68,7 @@ class VLLMSampler:
             "logprobs": 0 if logps else None,  # 0: of the sampled token only
             "detokenize": False,
             "logit_bias": self.logit_bias,
-            "stop_token_ids": [self.end],
+            "stop_token_ids": self.ends,
         }
         requests = []
         for prompt in prompts:
@@ -121,7 +126,8 @@ class HFSampler:
         self.policy = policy
         self.device = device
         self.pad = processor.tokenizer.pad_token_id
-        self.end = processor.tokenizer.eos_token_id
+        of_model = policy.model.generation_config.eos_token_id
+        self.ends = end_token_ids(processor.tokenizer, of_model)
         vocabulary = policy.model.config.get_text_config().vocab_size
         self.forbidden = forbidden_token_ids(processor, vocabulary)
 
@@ -157,16 +163,17 @@ class HFSampler:
             **sampling,
             max_new_tokens=max_tokens,
             suppress_tokens=self.forbidden,
-            eos_token_id=self.end,
+            eos_token_id=self.ends,
             pad_token_id=self.pad,
             repetition_penalty=1.0,
             use_cache=True,
         )
         responses = []
         for ids in sequences[:, batch["input_ids"].shape[1] :].tolist():
-            if self.end in ids:
-                ids = ids[: ids.index(self.end) + 1]
-            responses.append(Generated(ids, logps=None))
+            end = next((i for i, token in enumerate(ids) if token in self.ends), None)
+            if end is not None:
+                ids = ids[: end + 1]
+            responses.append(Generated(ids, logps=None, ended=end is not None))
         return responses
 
     def sleep(self):
@@ -257,12 +264,13 @@ def collapse_pads(ids, pads):
     return collapsed
 
 
-def generated(completion, logps):
+def generated(completion, with_logps):
     ids = list(completion.token_ids)
-    if not logps:
-        return Generated(ids, logps=None)
-    # with logprobs=0, a step's dict holds the sampled token alone
-    return Generated(ids, [next(iter(step.values())).logprob for step in completion.logprobs])
+    logps = None
+    if with_logps:
+        # with logprobs=0, a step's dict holds the sampled token alone
+        logps = [next(iter(step.values())).logprob for step in completion.logprobs]
+    return Generated(ids, logps, ended=completion.finish_reason == "stop")
 
 
 def check_same_prompt(prompt_ids, vllm_ids):
@@ -272,6 +280,15 @@ def check_same_prompt(prompt_ids, vllm_ids):
             f"{len(prompt_ids)}: the two see different pictures (sizes, number of images) or use "
             "different chat templates"
         )
+
+
+def end_token_ids(tokenizer, of_model):
+    """
+    The tokens that end a response: the tokenizer's one, and those of the model's
+    generation_config.json, where vLLM stops too. A Qwen2.5-VL has <|im_end|> and <|endoftext|>.
+    """
+    others = [of_model] if isinstance(of_model, int) else of_model or []
+    return list(dict.fromkeys([tokenizer.eos_token_id, *others]))
 
 
 def forbidden_token_ids(processor, vocabulary):

@@ -206,18 +206,26 @@ def make_trainer(policy, zero, lr, device, weight_decay=0.0, clip_grad=1.0):
             "the weights (on a single GPU, 1 splits nothing)"
         )
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    # DeepSpeed compiles a faster CPU reduction at run time, under a lock: one killed process would
-    # leave all later ones waiting for it.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not cuda:
+        # DeepSpeed compiles a faster CPU reduction at run time, under a lock: one killed process
+        # would leave all later ones waiting for it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     trained = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(
+        trained,
+        lr=lr,
+        betas=(0.9, 0.95),
+        weight_decay=weight_decay,
+        fused=cuda,  # without a temporary tensor as large as this rank's weights
+    )
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "managed_gradient_accumulation": False,  # update() decides when to step
         "gradient_clipping": clip_grad,
         "bf16": {"enabled": cuda},
         "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": {"stage": zero},
+        # else ZeRO-3 replaces torch.nn.functional.linear in the whole process, which is vLLM's too
+        "zero_optimization": {"stage": zero, "memory_efficient_linear": False},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }

@@ -25,6 +25,7 @@ SMALLEST = {
     "--repeats 1",
     "evaluate": "--model BASE --data DATA --limit 3 --samples 2 --max_new_tokens 8 --seconds 1",
     "token_logps": "--vocabulary 512 --hidden 128 --tokens 32 --rows 2 --prompt 4 --repeats 1",
+    "vision_tower": "--layers 4 --width 80 --pictures 1 --repeats 1",
     "annotate": "--pairs 20 --latency 0.05 --concurrency 4",
 }
 
@@ -164,3 +165,9 @@ def test_step_against_trl(done):
     rows = tables((process, out), "One RL step")
     (speed, _) = [row for row in rows if row[0] == "4 x 4"]
     assert speed[6] != "-"
+
+
+def test_vision_tower(done):
+    rows = tables(done("vision_tower"), "The vision tower")
+    assert [row[0] for row in rows[2:]] == ["transformers", "ours", "ratio"]
+    assert max(float(cell) for cell in rows[3][2:]) < 1e-4

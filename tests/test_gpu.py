@@ -11,6 +11,7 @@ from conftest import ROOT
 from test_layout import STAGES
 
 import sft
+from core import agreement
 from core.encoding import load_processor
 from core.pairs import judging_turns, read_pairs
 from core.prompts import PromptDataset, encode_prompts
@@ -97,3 +98,13 @@ def test_a_rank_waits_long_for_the_numbers_of_another(tmp_path):
         timeout=200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_check_that_fails_names_vllms_older_model_runner(capsys):
+    device = torch.device("cpu")
+    agreement.print_check([("as loaded", 8, 1e-7, 1e-6)], device)
+    assert "VLLM_USE_V2_MODEL_RUNNER" not in capsys.readouterr().out
+    agreement.print_check([("as loaded", 8, 1e-7, 1e-6), ("moved, synced", 8, 0.3, 1)], device)
+    assert "VLLM_USE_V2_MODEL_RUNNER=0" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
+        agreement.require_same_policy(0.3, 1.0, 1, device)

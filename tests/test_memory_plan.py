@@ -47,6 +47,12 @@ def test_the_papers_model_on_four_gpus(seven_b):
     assert why_not(seven_b, flags_of(), 4, Machine(FREE, 1, GPU)) is None
 
 
+def test_without_recomputation_zero_3_holds_all_weights_whole(seven_b):
+    """Buffers: a bucket of 5e8 and 8.29e9 weights, at 2 bytes."""
+    plan = plan_memory(seven_b, flags_of("--no-recompute"), 4, GPU)
+    assert plan.buffers / GB == pytest.approx(1 + 16.58, abs=0.02)
+
+
 def test_what_does_not_fit_is_refused_with_the_flags_that_make_it_fit(seven_b):
     one_gpu = Machine(FREE, 1, GPU)
     reason = why_not(seven_b, flags_of("--zero", 2), 4, one_gpu)

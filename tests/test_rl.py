@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import stages
@@ -22,6 +23,7 @@ from core.encoding import Sample, collate, encode, encode_prompt, load_processor
 from core.neighbours import ALGORITHMS
 from core.pairs import Pair, judging_turns, swap, write_pairs
 from core.policy import load_policy, save_policy, token_logps
+from core.sampler import Generated
 from stable_reinforce import advantages, policy_loss
 
 BASE = ROOT / "toy" / "base"
@@ -226,6 +228,20 @@ def test_a_damaged_image_is_named_by_its_pair(tmp_path):
 
 # --------------------------------------------------------------------------------------------------
 # Rewards and advantages
+
+
+def test_whatever_token_ends_a_response_is_no_part_of_its_text():
+    """A model may have several end tokens. Each is learnt, as a part of the response's ids."""
+    processor = load_processor(BASE)
+    ids = processor.tokenizer.encode("red or blue")
+    responses = [Generated(ids, None, ended=True), Generated(ids, None, ended=False)]
+    sampler = SimpleNamespace(generate=lambda *_: [responses])
+    run = SimpleNamespace(args=args_of(), processor=processor, sampler=sampler)
+    ended, cut_off = rl.sample_responses(run, [Sample([1], [0], {})], [0], 2, 1.0)
+    assert (ended.finish, cut_off.finish) == ("stop", "length")
+    assert ended.text == processor.tokenizer.decode(ids[:-1])
+    assert cut_off.text == "red or blue"
+    assert ended.response_ids == cut_off.response_ids == ids
 
 
 def judgement(text, choice, finish="stop"):

@@ -26,6 +26,7 @@ from core.sampler import (
     vllm_media,
 )
 
+END, SECOND_END = 689, 464  # <|im_end|>, and what one of the answers holds
 CPU = torch.device("cpu")
 
 
@@ -42,12 +43,10 @@ def turns(tmp_path_factory):
     return [user_turn(images, None, text) for images, text in prompts]
 
 
-def run_program(name, folder, turns, tmp_path):
-    """The JSON that a program of tests/programs writes."""
-    (tmp_path / "turns.json").write_text(json.dumps(turns))
-    paths = [ROOT / "tests" / "programs" / name, folder, tmp_path / "turns.json"]
+def run_program(name, *words):
+    """What a program of tests/programs prints."""
     done = subprocess.run(
-        [sys.executable, *paths, tmp_path / "out.json"],
+        [sys.executable, ROOT / "tests" / "programs" / name, *words],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -55,6 +54,13 @@ def run_program(name, folder, turns, tmp_path):
         timeout=400,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def ask_vllm(name, folder, turns, tmp_path):
+    """The JSON that a program writes about a folder and chat turns."""
+    (tmp_path / "turns.json").write_text(json.dumps(turns))
+    run_program(name, folder, tmp_path / "turns.json", tmp_path / "out.json")
     return json.loads((tmp_path / "out.json").read_text())
 
 
@@ -62,15 +68,18 @@ def run_program(name, folder, turns, tmp_path):
 def test_a_saved_folder_loads_in_vllm_and_answers_the_same(turns, tmp_path):
     """With a reward head in it, too. And matrices that vLLM has packed take no new weights."""
     policy = load_policy(BASE, "critic", torch.float32)
+    policy.model.generation_config.eos_token_id = [END, SECOND_END]
     save_policy(policy, load_processor(BASE, 3136, 12544), tmp_path / "saved")
-    found = run_program("read_by_vllm.py", tmp_path / "saved", turns, tmp_path)
+    found = ask_vllm("read_by_vllm.py", tmp_path / "saved", turns, tmp_path)
     again = load_policy(tmp_path / "saved", dtype=torch.float32)
     processor = load_processor(tmp_path / "saved")
     samples = [encode(processor, each) for each in turns]
     ours = HFSampler(again, processor, CPU).generate(samples, temperature=0.0, max_tokens=16)
-    for (prompt_ids, ids), sample, (response,) in zip(found["answers"], samples, ours):
+    for (prompt_ids, ids, ended), sample, (response,) in zip(found["answers"], samples, ours):
         assert prompt_ids == sample.prompt_ids
         assert ids == response.ids
+        assert ended == response.ended
+    assert {response.ids[-1] for (response,) in ours if response.ended} == {END, SECOND_END}
     assert "call speed_up_vllm() of toy/cpu.py before" in found["error"]
 
 
@@ -79,7 +88,7 @@ def test_vllm_takes_the_weights_in_parts(turns, tmp_path):
     """Log-probabilities match before and after, samples repeat, a weight left out is missed."""
     frames = [turns[0][0]["content"][0]["image"]] * 4
     turns = [*turns, user_turn([], frames, "What moves?")]
-    found = run_program("sync_weights.py", BASE, turns, tmp_path)
+    found = ask_vllm("sync_weights.py", BASE, turns, tmp_path)
     assert found["as loaded"] == found["again"]
     ids, gap = found["as loaded"]
     assert gap < 1e-5
@@ -89,6 +98,11 @@ def test_vllm_takes_the_weights_in_parts(turns, tmp_path):
         assert before > 1e-3 > 1e-5 > after, size
         assert missing == []
     assert found["left out"] == ["visual.blocks.0.attn.proj.weight"]
+
+
+@pytest.mark.slow
+def test_vllm_samples_from_logits_that_are_not_rounded():
+    assert "RESULT torch.bfloat16 torch.float32\n" in run_program("logits_in_float32.py", BASE)
 
 
 def test_generate_gives_n_responses_a_prompt_and_repeats_them(turns):
@@ -101,8 +115,25 @@ def test_generate_gives_n_responses_a_prompt_and_repeats_them(turns):
     assert [len(responses) for responses in first] == [2, 2, 2]
     assert first == again != other
     for response in itertools.chain(*first):
-        assert response.ids.count(sampler.end) == (response.ids[-1] == sampler.end)
+        assert response.ended == (response.ids[-1] == END)
+        assert END not in response.ids[:-1]
         assert not set(response.ids) & set(sampler.forbidden)
+
+
+def test_each_end_token_of_a_model_ends_a_response(turns):
+    """The responses are those of a model with one end token, up to the first of the two."""
+    processor = load_processor(BASE)
+    policy = load_policy(BASE, dtype=torch.float32)
+    prompts = [encode_prompt(processor, each) for each in turns]
+    options = {"temperature": 0.0, "max_tokens": 12}
+    whole = HFSampler(policy, processor, CPU).generate(prompts, **options)
+    policy.model.generation_config.eos_token_id = [END, SECOND_END]
+    found = HFSampler(policy, processor, CPU).generate(prompts, **options)
+    assert {response.ids[-1] for (response,) in found} == {END, SECOND_END}
+    for (before,), (response,) in zip(whole, found):
+        assert response.ended and before.ended
+        assert response.ids == before.ids[: len(response.ids)]
+        assert not {END, SECOND_END} & set(response.ids[:-1])
 
 
 def test_generate_reads_the_prompt_alone(turns):
@@ -110,10 +141,10 @@ def test_generate_reads_the_prompt_alone(turns):
     processor = load_processor(BASE)
     sampler = HFSampler(load_policy(BASE, dtype=torch.float32), processor, CPU)
     prompt = encode(processor, turns[0])
-    answered = dataclasses.replace(prompt, response_ids=[sampler.end])
+    answered = dataclasses.replace(prompt, response_ids=[END])
     options = {"temperature": 0.0, "max_tokens": 8}
     assert sampler.generate([answered], **options) == sampler.generate([prompt], **options)
-    assert answered.response_ids == [sampler.end]
+    assert answered.response_ids == [END]
 
 
 def test_markers_of_pictures_and_padding_are_forbidden():

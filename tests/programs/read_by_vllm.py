@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from core.encoding import load_processor
-from core.sampler import VLLMSampler
+from core.sampler import VLLMSampler, generated
 from core.training import start_ranks
 
 folder, turns_file, out = sys.argv[1:]
@@ -33,7 +33,8 @@ for turns in chats:
 params = SamplingParams(temperature=0, max_tokens=16, logit_bias=sampler.logit_bias)
 answers = []
 for output in sampler.llm.chat(chats, params, use_tqdm=False):
-    answers.append([list(output.prompt_token_ids), list(output.outputs[0].token_ids)])
+    answer = generated(output.outputs[0], with_logps=False)
+    answers.append([list(output.prompt_token_ids), answer.ids, answer.ended])
 error = ""
 try:
     sampler.load_weights([])
