@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from core.alarms import alarms
 from core.files import (
     InputError,
     atomic_write,
@@ -390,6 +391,8 @@ class Log:
             drop_rows_after(self.path, step)
             self.write({"resumed": step} | first_row)
         self.bar = tqdm(total=steps, initial=step, dynamic_ncols=True)
+        self.rows = []  # of this start of the run
+        self.raised = set()  # names of alarms
         self.track = make_tracker(tracker, folder, step, first_row["args"])
 
     def row(self, step, **values):
@@ -404,6 +407,16 @@ class Log:
         sys.stdout.flush()
         if self.track:
             self.track(numbers, step)
+        if "reward" in values:
+            self.rows.append(values)
+            self.raise_alarms()
+
+    def raise_alarms(self):
+        """Say what goes wrong, once until it is over."""
+        found = alarms(self.rows)
+        for name in found.keys() - self.raised:
+            self.bar.write(f"WARNING: {found[name]}", file=sys.stdout)
+        self.raised = set(found)
 
     def write(self, row):
         with self.path.open("a") as file:

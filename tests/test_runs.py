@@ -108,6 +108,17 @@ def test_the_log_continues_after_the_checkpoint(tmp_path):
     assert read_rows(log) == [header]  # a run without a checkpoint begins again
 
 
+def test_an_alarm_is_said_once_until_it_is_over(tmp_path, capsys):
+    log = runs.Log(tmp_path, {"args": {}}, step=0, steps=9)
+    row = {"reward": 1.0, "grad_norm": 0.5, "judge_calls": 0, "judge_failed": 0}
+    for step, skipped in enumerate((0, 1, 1, 0, 1), 1):
+        log.row(step, **row, skipped=skipped)
+    log.close()
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
+    assert len(warnings) == 2
+    assert "1 updates had a gradient that was not finite" in warnings[0]
+
+
 # --------------------------------------------------------------------------------------------------
 # Kills and faults
 
