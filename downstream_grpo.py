@@ -494,12 +494,11 @@ def main():
 
 def train(run, plan, reward_model):
     args, out = run.args, Path(run.args.out)
-    log, state = rl.open_run(run, plan, "tasks", skipped=0)
+    log, state, saving = rl.open_run(run, plan, "tasks", skipped=0)
     if plan.held_out and not plan.first_step:
         figures = held_out_accuracy(run, plan.my_held_out, reward_model, state, save=no_checkpoint)
         log.row(0, **figures)
 
-    saving = runs.SaveTimes(args, plan.steps)
     for step in range(plan.first_step, plan.steps):
         clock = metrics.Clock()
         save = partial(run.save, step, state)

@@ -105,7 +105,7 @@ def start_run(args, processor, rank, world, device):
     Load the sampler, the trainer and the reference. vLLM comes first: built after DeepSpeed's
     ZeRO-3, its own weights would be split too.
     """
-    check_memory(args, rank, world, device)
+    check_memory(args, device)
     policy = load(args, device, recompute=args.recompute, freeze_vision=args.freeze_vision)
     if args.engine == "hf":
         sampler = HFSampler(policy, processor, device)
@@ -512,7 +512,7 @@ def main():
 
 
 def open_run(run, plan, what, **state):
-    """Continue the run in --out, or begin one: its log, and this rank's state."""
+    """Continue the run in --out, or begin one: its log, this rank's state, when it saves."""
     args, out = run.args, Path(run.args.out)
     done, state = runs.resume(out, run.trainer, args, rl_flags.MUTABLE_FLAGS, **state)
     assert done == plan.first_step  # known before, since the workers begin there
@@ -523,16 +523,15 @@ def open_run(run, plan, what, **state):
     # weight that cannot be loaded then shows before the first rollout.
     if plan.first_step or run.device.type == "cuda":
         sync(run)
-    return log, state
+    return log, state, runs.SaveTimes(args, plan.steps)
 
 
 def train(run, plan, judge):
     args, out = run.args, Path(run.args.out)
-    log, state = open_run(run, plan, "pairs", best=-1.0, skipped=0)
+    log, state, saving = open_run(run, plan, "pairs", best=-1.0, skipped=0)
     if plan.held_out and not plan.first_step:
         log.row(0, **held_out_accuracy(run, plan.my_held_out))
 
-    saving = runs.SaveTimes(args, plan.steps)
     for step in range(plan.first_step, plan.steps):
         # 1. roll out
         clock = metrics.Clock()

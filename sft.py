@@ -393,7 +393,8 @@ def parser():
 
 
 def load_model(args, device):
-    """Return the policy and the processor of --model."""
+    """Return the policy and the processor of --model, if there is memory for the run."""
+    check_memory(args, device)
     processor = encoding.load_processor(args.model, args.min_pixels, args.max_pixels)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     policy = load_policy(
@@ -427,7 +428,6 @@ def main():
     warmup = round(args.warmup * steps)
 
     # 2. Model, trainer
-    check_memory(args, rank, world, device)
     policy, processor = load_model(args, device)
     pad_id = processor.tokenizer.pad_token_id
     trainer = training.make_trainer(
@@ -439,7 +439,8 @@ def main():
     done, state = runs.resume(out, trainer, args, MUTABLE_FLAGS, dropped=no_drops)
     log = runs.Log(out, runs.run_header(args, world, device), done, steps, args.tracker)
     upcoming = load_examples(args, pairs, local_batches[done:], processor, policy.head_kind)
-    saving, start = runs.SaveTimes(args, steps), time.time()
+    saving = runs.SaveTimes(args, steps)
+    start = time.time()
     if done == 0 and held_out:
         log.row(0, **validate(trainer, processor, held_out, args))
 

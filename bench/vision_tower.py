@@ -80,11 +80,10 @@ def section(args, device, patches, seconds, differences):
     ratio = statistics.median(seconds["ours"]) / statistics.median(seconds["transformers"])
     rows.append(["ratio", f"{ratio:.2f}", "", ""])
     where = "CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    about = (
-        f"{args.layers} layers of width {args.width:,}, {args.pictures} pictures of {patches:,} "
-        f"patches in all, forward and backward, {where}, {torch.get_num_threads()} thread(s), "
-        f"torch {torch.__version__}; {made_by('vision_tower.py')}"
-    )
+    size = f"{args.layers} layers of width {args.width:,}"
+    size += f", {args.pictures} pictures of {patches:,} patches in all"
+    machine = f"{where}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
+    about = f"{size}, forward and backward, {machine}; {made_by('vision_tower.py')}"
     head = ["", "seconds", "difference of features", "difference of the first gradient"]
     return f"## The vision tower\n\n{about}\n\n{markdown_table(head, rows).strip()}\n"
 

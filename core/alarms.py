@@ -29,11 +29,11 @@ def format_falls(rows):
     return None
 
 
-def judgements_are_cut_off(rows):
+def responses_are_cut_off(rows):
     share = recent(rows, "truncated")
     if share is not None and share > 0.1:
         return (
-            f"{share:.0%} of the judgements are cut off by --max_new_tokens. Raise it, or see in "
+            f"{share:.0%} of the responses are cut off by --max_new_tokens. Raise it, or see in "
             "rollouts-*.jsonl whether they repeat themselves; then lower --lr"
         )
     return None
@@ -84,8 +84,8 @@ def the_judge_fails(rows):
     failed = rows[-1]["judge_failed"] - before["judge_failed"]
     if calls > 0 and failed / calls > 0.05:
         return (
-            f"{failed:.0f} of the last {calls:.0f} questions to the judge got no answer, which "
-            "counts as none. See its server's log; a longer --judge_timeout may help"
+            f"{failed:.0f} of the last {calls:.0f} questions to the judge got no answer, and earn "
+            "nothing. See its server's log; a longer --judge_timeout may help"
         )
     return None
 
@@ -94,15 +94,15 @@ def updates_are_skipped(rows):
     skipped = rows[-1]["skipped"]
     if skipped > 0:
         return (
-            f"{skipped:.0f} updates had a gradient that was not finite, and were skipped. Three in "
-            "a row stop the run; likely --lr is too high"
+            f"updates skipped in this step, because a gradient was not finite: {skipped:.0f}. Three "
+            "in a row stop the run; likely --lr is too high"
         )
     return None
 
 
 ALARMS = (
     format_falls,
-    judgements_are_cut_off,
+    responses_are_cut_off,
     entropy_has_collapsed,
     rewards_are_all_equal,
     many_are_filtered,

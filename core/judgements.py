@@ -31,7 +31,7 @@ def digest(*parts):
 class ListDuel:
     """Which two answers of a list a row compares (core/lists.py)."""
 
-    list: int  # its number in the file
+    list_number: int  # in the file
     answers: list[int]  # their places in the list, from 0 on, as the row has them
     ranks: list[int]  # of all answers of the list, 1 is the best; equal ones are ties
 
@@ -103,10 +103,10 @@ def is_groups(value):
 def is_duel(value):
     if value is None:
         return True
-    if not isinstance(value, dict) or set(value) != {"list", "answers", "ranks"}:
+    if not isinstance(value, dict) or set(value) != {"list_number", "answers", "ranks"}:
         return False
     answers, ranks = value["answers"], value["ranks"]
-    if not is_int_list(answers) or not is_int_list(ranks) or not is_int(value["list"]):
+    if not is_int_list(answers) or not is_int_list(ranks) or not is_int(value["list_number"]):
         return False
     return len(answers) == 2 and all(0 <= answer < len(ranks) for answer in answers)
 
@@ -120,7 +120,7 @@ PLACE = {  # of a row in its benchmark: what is expected, the check
     "row": ("a whole number", is_int),
     "groups": ("an object of strings", is_groups),
     "set": ("a string", is_string),
-    "duel": ("null or an object with list, answers (two places) and ranks", is_duel),
+    "duel": ("null or an object with list_number, answers (two places) and ranks", is_duel),
 }
 
 

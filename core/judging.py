@@ -457,7 +457,7 @@ class RewardsInFile:
     def _rewards(self, row):
         number, answers, expected = row.row, [0, 1], 2
         if row.duel:
-            number, answers, expected = row.duel.list, row.duel.answers, len(row.duel.ranks)
+            number, answers, expected = row.duel.list_number, row.duel.answers, len(row.duel.ranks)
         if (row.bench, number) not in self.scores:
             there = f"it has scores for {len(self.scores)} rows"
             raise InputError(f"--scores {self.path} lacks {row.bench} row {number}; {there}")

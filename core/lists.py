@@ -92,7 +92,7 @@ def ranked_lists(rows, done, protocol):
     lists = defaultdict(list)
     for row in rows:
         if row.duel:
-            lists[row.duel.list].append(row)
+            lists[row.duel.list_number].append(row)
     ranked = []
     for duels in lists.values():
         judged_rows = [(row, protocol.judgements_so_far(row, done)) for row in duels]

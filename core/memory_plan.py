@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from core.files import InputError, in_short
 from core.model_folder import load_config
@@ -44,7 +45,6 @@ class ModelSize:
 
     weights: int
     trained: int
-    largest: int  # weights of its largest tensor
     layers: int
     width: int
     mlp: int
@@ -70,7 +70,6 @@ def model_size(config, freeze_vision=False):
     return ModelSize(
         weights=sum(weights),
         trained=sum(weights) - frozen,
-        largest=max(weights),
         layers=text.num_hidden_layers,
         width=text.hidden_size,
         mlp=text.intermediate_size,
@@ -171,15 +170,13 @@ def trainer_buffers(model, flags, size, world):
     return buffers
 
 
-def activations(model, tokens, recompute, size, picture_tokens=None):
+def activations(model, tokens, recompute, size):
     """
     Of a micro-batch, at the most: in the backward pass of its last layer, or of the LM head.
 
     Recomputation keeps the input of each layer, and all of one layer at a time.
     """
-    if picture_tokens is None:
-        picture_tokens = PICTURES * tokens
-    patches = picture_tokens * model.patches
+    patches = PICTURES * tokens * model.patches
     layer, layer_open = of_layer(model.width, model.mlp, tokens, size)
     block, block_open = of_layer(model.tower_width, model.tower_mlp, patches, size)
     working = max(layer_open, block_open, of_head(model, tokens, size))
@@ -210,13 +207,13 @@ def of_head(model, tokens, size):
 
 # what may help, the cheapest first
 CHANGES = (
-    {"recompute": True},
-    {"zero": 2},
-    {"zero": 3},
-    {"micro_tokens": 8192},
-    {"micro_tokens": 4096},
-    {"memory": 0.3},
-    {"memory": 0.25},
+    ("recompute", True),
+    ("zero", 2),
+    ("zero", 3),
+    ("micro_tokens", 8192),
+    ("micro_tokens", 4096),
+    ("memory", 0.3),
+    ("memory", 0.25),
 )
 
 
@@ -238,12 +235,10 @@ def size_of(folder, freeze_vision):
         raise InputError(f"--model {folder} cannot be loaded: {in_short(error)}") from None
 
 
-def check_memory(args, rank, world, device, model=None):
-    """
-    Tell the plan of a run beside what there is, before anything is loaded; stop at too much.
-    model: its ModelSize, if --model is not there yet.
-    """
-    model = model or size_of(args.model, args.freeze_vision)
+def check_memory(args, device):
+    """Tell the plan of a run beside what there is, before anything is loaded; stop at too much."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = size_of(args.model, args.freeze_vision)
     machine = this_machine(device)
     on_all_ranks(lambda: refuse(why_not(model, args, world, machine)))
     plan = plan_memory(model, args, world, machine.gpu)
@@ -322,14 +317,12 @@ def fits(plan, machine):
 def advice(model, flags, world, machine):
     """The single changes of flags that make a run fit."""
     helpful = []
-    for change in CHANGES:
+    for name, value in CHANGES:
         changed = copy.copy(flags)
-        vars(changed).update(change)
-        if is_smaller(flags, change) and fits(
-            plan_memory(model, changed, world, machine.gpu), machine
-        ):
-            (item,) = change.items()
-            helpful.append(as_flag(*item))
+        setattr(changed, name, value)
+        plan = plan_memory(model, changed, world, machine.gpu)
+        if takes_less(flags, name, value) and fits(plan, machine):
+            helpful.append(f"--{name}" if value is True else f"--{name} {value}")
     if helpful:
         return f"any of these makes it fit: {', '.join(helpful)}"
     return (
@@ -338,19 +331,12 @@ def advice(model, flags, world, machine):
     )
 
 
-def is_smaller(flags, change):
-    """Whether a change asks for less memory than the flags do."""
-    for name, value in change.items():
-        now = getattr(flags, name, None)
-        if now is None:
-            return False
-        if not (value > now if name in ("zero", "recompute") else value < now):
-            return False
-    return True
-
-
-def as_flag(name, value):
-    return f"--{name}" if value is True else f"--{name} {value}"
+def takes_less(flags, name, value):
+    """Whether a flag asks for less memory with this value than it does."""
+    now = getattr(flags, name, None)
+    if now is None:
+        return False
+    return value > now if name in ("zero", "recompute") else value < now
 
 
 def in_words(plan):

@@ -414,8 +414,9 @@ class Log:
     def raise_alarms(self):
         """Say what goes wrong, once until it is over."""
         found = alarms(self.rows)
-        for name in found.keys() - self.raised:
-            self.bar.write(f"WARNING: {found[name]}", file=sys.stdout)
+        for name, message in found.items():
+            if name not in self.raised:
+                self.bar.write(f"WARNING: {message}", file=sys.stdout)
         self.raised = set(found)
 
     def write(self, row):

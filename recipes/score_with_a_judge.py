@@ -42,8 +42,9 @@ def judge():
 
 def share_of_votes(question, images, answer, reference):
     """A judgement without a verdict is half a vote."""
-    for_answer, _, for_none = votes = judge()(question, images, answer, reference).votes
-    return (for_answer + for_none / 2) / sum(votes)
+    votes = judge()(question, images, answer, reference).votes
+    for_answer, _, for_neither = votes
+    return (for_answer + for_neither / 2) / sum(votes)
 
 
 def compute_score(data_source, solution_str, ground_truth, extra_info):

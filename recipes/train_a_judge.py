@@ -35,7 +35,8 @@ END_TOKENS = re.compile(r"(<\|im_end\|>|<\|endoftext\|>)\s*$")  # of Qwen's mode
 
 def reward_parts(text, choice):
     """Eq. 2 of a judgement, and what it is made of."""
-    result, consistency, form = result_reward(text, choice), 0.0, format_reward(text)
+    result, form = result_reward(text, choice), format_reward(text)
+    consistency = 0.0
     if result:  # nothing else is asked about: it does not count
         (answer,) = consistency_judge().consistency([text])
         consistency = float(answer == 1)
@@ -61,7 +62,9 @@ def reward_func(queries, prompts, labels, **_):
     parts = []
     for query, prompt, label in zip(queries, prompts, labels):
         parts.append(reward_parts(response_of(query, prompt), int(label)))
-    columns = {name: torch.tensor([one[name] for one in parts]) for name in parts[0]}
+    columns = {}
+    for name in parts[0]:
+        columns[name] = torch.tensor([of_response[name] for of_response in parts])
     return {
         "rewards": columns.pop("score"),
         "scores": columns["result"],  # in [0, 1], for --algo.dynamic_filtering

@@ -34,7 +34,7 @@ def test_a_healthy_run_raises_no_alarm_at_any_step():
 
 FAULTS = {
     "format_falls": (6, lambda row: row | {"format": 0.7}),
-    "judgements_are_cut_off": (5, lambda row: row | {"truncated": 0.3}),
+    "responses_are_cut_off": (5, lambda row: row | {"truncated": 0.3}),
     "entropy_has_collapsed": (5, lambda row: row | {"entropy": 0.001}),
     "rewards_are_all_equal": (5, lambda row: row | {"grad_norm": 0.0}),
     "many_are_filtered": (5, lambda row: row | {"filtered": 0.2}),

@@ -386,7 +386,12 @@ def test_judgements_of_duels_made_elsewhere(tmp_path):
 
 @pytest.mark.parametrize(
     "duel",
-    [{"list": 0}, {"list": 0, "answers": [0, 3], "ranks": [1, 2, 2]}, [0, 1], {"list": "0"}],
+    [
+        {"list_number": 0},
+        {"list_number": 0, "answers": [0, 3], "ranks": [1, 2, 2]},
+        [0, 1],
+        {"list_number": "0", "answers": [0, 1], "ranks": [1, 2]},
+    ],
 )
 def test_a_damaged_duel_of_a_kept_row_is_named(tmp_path, duel):
     row = rows_of(tmp_path)[0].to_json() | {"duel": duel}

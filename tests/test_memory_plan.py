@@ -113,15 +113,15 @@ def test_a_run_that_cannot_fit_stops_before_anything_is_loaded(monkeypatch, one_
     monkeypatch.setattr(memory_plan, "free_host_memory", lambda: 1e9)
     flags = flags_of("--model", ROOT / "toy" / "base")
     with pytest.raises(InputError, match=r"needs 2\.\d GB .* 1\.0 GB are free"):
-        memory_plan.check_memory(flags, 0, 1, torch.device("cpu"))
+        memory_plan.check_memory(flags, torch.device("cpu"))
 
 
 def test_the_toy_is_silent_and_a_tight_run_says_a_line(monkeypatch, one_rank, capsys):
     flags = flags_of("--model", ROOT / "toy" / "base", "--micro_tokens", 512)
-    memory_plan.check_memory(flags, 0, 1, torch.device("cpu"))
+    memory_plan.check_memory(flags, torch.device("cpu"))
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(memory_plan, "free_host_memory", lambda: 2.5e9)
-    memory_plan.check_memory(flags, 0, 1, torch.device("cpu"))
+    memory_plan.check_memory(flags, torch.device("cpu"))
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("memory: 1.8 GB while it trains, 1.8 GB while vLLM samples; 2.5 GB free")
 

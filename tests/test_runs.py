@@ -116,7 +116,7 @@ def test_an_alarm_is_said_once_until_it_is_over(tmp_path, capsys):
     log.close()
     warnings = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
     assert len(warnings) == 2
-    assert "1 updates had a gradient that was not finite" in warnings[0]
+    assert "because a gradient was not finite: 1." in warnings[0]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 import os
 import random
 from collections import Counter, defaultdict
+from operator import itemgetter
 from pathlib import Path
 
 from core.endpoint import data_url
@@ -56,13 +57,13 @@ def list_notes(rows, judgements):
     duels = defaultdict(list)
     for row in rows:
         if row.duel:
-            duels[row.duel.list].append((row, judgements.get(row.key)))
+            duels[row.duel.list_number].append((row, judgements.get(row.key)))
     notes = {}
     for number, judged_rows in duels.items():
         if all(of_row for _, of_row in judged_rows):
             shares = shares_won(judged_rows)
-            order = sorted(range(len(shares)), key=shares.__getitem__, reverse=True)
-            won = ", ".join(f"{answer + 1} (won {shares[answer]:.0%})" for answer in order)
+            order = sorted(enumerate(shares, 1), key=itemgetter(1), reverse=True)
+            won = ", ".join(f"{answer} (won {share:.0%})" for answer, share in order)
             right = ", ".join(map(str, judged_rows[0][0].duel.ranks))
             notes[number] = (
                 f"list {number}, as the judge ranks it: {won}; ranks of the file: {right}"
@@ -82,7 +83,7 @@ def page_item(row, judgements, notes):
         "question": row.question,
         "responses": row.responses,
         "choice": row.choice if row.is_decided else None,
-        "list": notes.get(row.duel.list) if row.duel else None,
+        "list": notes.get(row.duel.list_number) if row.duel else None,
         "group": " / ".join(row.groups.values()),
         "images": embedded_pictures(row),
         "judgements": shown_judgements,
