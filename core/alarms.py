@@ -94,8 +94,8 @@ def updates_are_skipped(rows):
     skipped = rows[-1]["skipped"]
     if skipped > 0:
         return (
-            f"updates skipped in this step, because a gradient was not finite: {skipped:.0f}. Three "
-            "in a row stop the run; likely --lr is too high"
+            f"updates skipped in this step, because a gradient was not finite: {skipped:.0f}. "
+            "Three in a row stop the run; likely --lr is too high"
         )
     return None
 
