@@ -237,8 +237,8 @@ def size_of(folder, freeze_vision):
 
 def check_memory(args, device):
     """Tell the plan of a run beside what there is, before anything is loaded; stop at too much."""
-    rank, world = dist.get_rank(), dist.get_world_size()
     model = size_of(args.model, args.freeze_vision)
+    rank, world = dist.get_rank(), dist.get_world_size()
     machine = this_machine(device)
     on_all_ranks(lambda: refuse(why_not(model, args, world, machine)))
     plan = plan_memory(model, args, world, machine.gpu)
