@@ -48,6 +48,8 @@ class VLLMSampler:
         self.pads = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
         generation_config = model_config.try_get_generation_config()
         self.ends = end_token_ids(tokenizer, generation_config.get("eos_token_id"))
+        limits = self.llm.llm_engine.vllm_config.scheduler_config
+        self.step_tokens = limits.max_num_batched_tokens  # prompt tokens that one step takes
         self.can_load = self.llm.apply_model(has_all_weights)[0]
 
     def generate(self, prompts, seeds, n=1, temperature=1.0, max_tokens=1024, logps=False):
@@ -56,6 +58,7 @@ class VLLMSampler:
         Sampled from exactly the policy: no top-p, no top-k, no penalty. logps take a tenth longer.
         """
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         common = {
             "n": n,
@@ -69,18 +72,34 @@ class VLLMSampler:
             "detokenize": False,
             "logit_bias": self.logit_bias,
             "stop_token_ids": self.ends,
+            "output_kind": RequestOutputKind.FINAL_ONLY,
         }
-        requests = []
-        for prompt in prompts:
-            ids = collapse_pads(prompt.prompt_ids, self.pads)
-            requests.append({"prompt_token_ids": ids, **vllm_media(prompt.media)})
         params = [SamplingParams(seed=seed, **common) for seed in seeds]
-        outputs = self.llm.generate(requests, params, use_tqdm=False)
+        outputs = self.ask(prompts, params)
         responses = []
         for prompt, output in zip(prompts, outputs):
             check_same_prompt(prompt.prompt_ids, list(output.prompt_token_ids))
             responses.append([generated(completion, logps) for completion in output.outputs])
         return responses
+
+    def ask(self, prompts, params):
+        """
+        vLLM's output for each prompt, in their order. A step begins as soon as there are enough
+        prompts for it, so that a GPU does not wait until all of them are prepared.
+        """
+        engine = self.llm.llm_engine
+        outputs, waiting = {}, 0
+        for number, (prompt, sampling) in enumerate(zip(prompts, params)):
+            ids = collapse_pads(prompt.prompt_ids, self.pads)
+            request = {"prompt_token_ids": ids, **vllm_media(prompt.media)}
+            engine.add_request(str(number), request, sampling)
+            waiting += len(prompt.prompt_ids)
+            if waiting >= self.step_tokens:
+                outputs |= finished_in_step(engine)
+                waiting = 0
+        while engine.has_unfinished_requests():
+            outputs |= finished_in_step(engine)
+        return [outputs[str(number)] for number in range(len(prompts))]
 
     def sleep(self):
         """Give the GPU's memory to the trainer. The weights come back with the next sync."""
@@ -233,6 +252,11 @@ def why_not_started(error, folder, context, options):
         f"vLLM does not start with {given}: {in_short(cause)} ...; change one of these, or give it "
         "more memory (on a CPU the variable VLLM_CPU_KVCACHE_SPACE, in GiB)"
     )
+
+
+def finished_in_step(engine):
+    """{number of a request: its output} of those that end in vLLM's next step."""
+    return {output.request_id: output for output in engine.step()}
 
 
 def has_all_weights(model):

@@ -12,12 +12,13 @@ import pytest
 import torch
 from test_policy import BASE, ROOT, save_picture
 
-from core.encoding import Media, encode, encode_prompt, load_processor
+from core.encoding import Media, Sample, encode, encode_prompt, load_processor
 from core.files import InputError
 from core.pairs import user_turn
 from core.policy import load_policy, save_policy
 from core.sampler import (
     HFSampler,
+    VLLMSampler,
     check_same_prompt,
     collapse_pads,
     forbidden_token_ids,
@@ -92,6 +93,8 @@ def test_vllm_takes_the_weights_in_parts(turns, tmp_path):
     assert found["as loaded"] == found["again"]
     ids, gap = found["as loaded"]
     assert gap < 1e-5
+    assert found["in turns"][0] == ids
+    assert found["in turns"][1] < 1e-5
     assert [len(responses) for responses in ids] == [2] * 4
     for size in (1, 16):
         before, missing, after = found[f"{size} a call"]
@@ -165,6 +168,41 @@ def test_another_prompt_than_ours_is_an_error():
     check_same_prompt([1, 2], [1, 2])
     with pytest.raises(RuntimeError, match="3 tokens where the processor makes 2"):
         check_same_prompt([1, 2], [1, 1, 2])
+
+
+class EngineWithALog:
+    """In the place of vLLM's engine. A request is answered in its third step."""
+
+    def __init__(self):
+        self.log, self.running = [], []
+
+    def add_request(self, request_id, request, params):
+        self.log.append(f"add {request_id}")
+        self.running.append([3, SimpleNamespace(request_id=request_id, params=params)])
+
+    def has_unfinished_requests(self):
+        return bool(self.running)
+
+    def step(self):
+        self.log.append("step")
+        for request in self.running:
+            request[0] -= 1
+        finished = [output for left, output in reversed(self.running) if left == 0]
+        self.running = [request for request in self.running if request[0] > 0]
+        return finished
+
+
+def test_vllm_works_while_prompts_are_still_added():
+    """A step takes six tokens, which are two prompts."""
+    engine = EngineWithALog()
+    sampler = object.__new__(VLLMSampler)
+    sampler.llm = SimpleNamespace(llm_engine=engine)
+    sampler.pads, sampler.step_tokens = [], 6
+    prompts = [Sample([1, 2, 3], [0, 0, 0], {}, media=Media()) for _ in range(7)]
+    outputs = sampler.ask(prompts, list("abcdefg"))
+    assert [output.params for output in outputs] == list("abcdefg")
+    added = "add 0, add 1, step, add 2, add 3, step, add 4, add 5, step, add 6"
+    assert ", ".join(engine.log) == added + ", step" * 3
 
 
 def test_a_text_has_no_media_for_vllm():

@@ -63,6 +63,8 @@ def sync(size, leave_out=""):
 
 
 result = {"as loaded": sample(), "again": sample()}
+sampler.step_tokens = 1  # a step after each prompt
+result["in turns"] = sample()
 for size in (1, 16):
     move_weights(seed=size)
     _, before = sample()
