@@ -45,8 +45,10 @@ A model behind an endpoint (its key in OPENAI_API_KEY); a reward model of anothe
 $ python evaluate.py --base_url http://127.0.0.1:8000/v1 --model NAME --samples 2 --out out/other \\
       --bench pairs=data/dev.jsonl
 $ python evaluate.py --scores rewards.jsonl --out out/scalar --bench pairs=data/dev.jsonl
-Your own lists of answers:
+Your own lists of answers; one question:
 $ python evaluate.py --model out/rl --out out/lists --bench lists=data/lists.jsonl
+$ python evaluate.py --model out/rl --question "How many cars are there?" --images street.jpg \\
+      --answers "Two." "Three."
 Judgements made elsewhere, here by the paper's released script for VL-RewardBench:
 $ python evaluate.py --judgements r1_reward.jsonl --out out/released \\
       --bench VL-RewardBench=data/VL-RewardBench/data.jsonl
@@ -68,7 +70,18 @@ from datetime import timedelta
 from itertools import chain, islice
 from pathlib import Path
 
-from core import files, flags, judge_in_python, judge_prompt, judging, pictures, scoring, training
+from core import (
+    files,
+    flags,
+    judge_in_python,
+    judge_prompt,
+    judging,
+    judging_flags,
+    one_question,
+    pictures,
+    scoring,
+    training,
+)
 from core.judgements import (
     BenchmarkRow,
     Protocol,
@@ -215,23 +228,15 @@ def make_backend(args):
 
 
 def load_reward_heads(args):
-    import torch
-
-    from core.encoding import load_processor
-    from core.policy import load_policy
     from toy.cpu import speed_up_policy
 
-    policy = load_policy(args.model)
-    processor = load_processor(args.model, max_pixels=args.max_pixels)
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    else:
-        device = torch.device("cpu")
-        speed_up_policy(policy)
-    return judging.RewardHeads(policy, processor, device, args.max_new_tokens)
+    heads = judging.load_reward_heads(args)
+    if heads.device.type == "cpu":
+        speed_up_policy(heads.policy)
+    return heads
 
 
-# flags of a run over files, which a judge in Python has no use for
+# flags of a run over files, of no use to a judge of one question
 OF_RUNS = ("bench", "limit", "group", "scores", "judgements", "media_root", "out", "ties")
 OF_RUNS += ("price", "retry_left_out", "score_only", "compare", "page", "ab", "tally")
 
@@ -246,9 +251,9 @@ class Judge(judge_in_python.Judge):
     """
 
     def __init__(self, model, samples=2, **options):
-        for name in OF_RUNS:
+        for name in (*OF_RUNS, *one_question.FLAGS):
             if name in options:
-                reason = f"{name} is for rows in files; give it to evaluate.py, --{name}"
+                reason = f"{name} is for the command line; give it to evaluate.py, --{name}"
                 raise files.InputError(f"Judge(..., {name}=...): {reason}, or leave it out")
         words = ["--model", str(model), "--samples", str(samples), "--out", os.devnull]
         for name, value in options.items():
@@ -286,40 +291,15 @@ def parser():
     limit_help = "rows (or lists) of each benchmark, from the first on; without it: all"
     add("--limit", type=flags.whole(1), help=limit_help)
     add("--group", default="source", help="the field of pairs that makes their table's columns")
-    add_model_flags(p.add_argument_group("model").add_argument)
-    add_judgement_flags(p.add_argument_group("judgements").add_argument)
+    one_question.add_question_flags(p.add_argument_group("or one question").add_argument)
+    judging_flags.add_model_flags(p.add_argument_group("model").add_argument)
+    judging_flags.add_judgement_flags(p.add_argument_group("judgements").add_argument)
     add_output_flags(p.add_argument_group("output").add_argument)
     return p
 
 
-def add_model_flags(add):
-    add(
-        "--model",
-        default="out/rl",
-        help="folder or hub name, of a judge or a reward head; with --base_url its name there",
-    )
-    url_help = "an OpenAI-compatible server; without it: vLLM in this process"
-    add("--base_url", type=flags.server_url, help=url_help)
-    scores_help = "given rewards: JSON lines of bench, row, scores (two; of a list: one an answer)"
-    add("--scores", metavar="FILE", help=scores_help)
-    add(
-        "--judgements",
-        metavar="FILE",
-        help="given judgements: JSON lines of bench, row or id, order or better_first, text or "
-        "choice (see sources/given_judgements.py), or those of the paper's released scripts",
-    )
-    pictures.add_media_root_flag(add)
-    concurrency_help = "requests to a server at a time"
-    flags.add_request_flag(add)
-    flags.add_price_flag(add, "for the estimate at the beginning")
-    add("--concurrency", type=flags.whole(1, 10_000), default=32, help=concurrency_help)
-    context_help = "tokens of prompt and judgement (vLLM)"
-    add("--context", type=flags.whole(1), default=16384, help=context_help)
-    add("--tensor_parallel", type=flags.whole(1), default=1, help="GPUs that share one model")
-
-
 def add_output_flags(add):
-    add("--out", required=True, help="folder; a run that was killed continues from what is there")
+    add("--out", help="folder to write; a run that was killed continues from what is there")
     add(
         "--retry_left_out",
         action="store_true",
@@ -344,66 +324,6 @@ def add_output_flags(add):
     )
     add("--ab", metavar="OUT", help="another run: write ab.html, to vote between the two, blind")
     add("--tally", nargs="+", metavar="VOTES", help="files saved from ab.html: print Table 9")
-
-
-def add_judgement_flags(add):
-    add(
-        "--orders",
-        choices=("both", "dataset", "chosen_first"),
-        help="half of the samples in each order (default); or all as the file lists the answers; "
-        "or all with the better answer first (the released protocol)",
-    )
-    add(
-        "--samples",
-        type=flags.whole(1, 10_000),
-        help="a row, in all orders; default 16; paper: 15 and 16",
-    )
-    add(
-        "--temperature",
-        type=flags.number(),
-        default=1.0,
-        help="1 in C.5; 0 = greedy, the paper's main results: one sample an order",
-    )
-    names = ", ".join(judge_prompt.NAMES[1:])
-    add(
-        "--prompt",
-        default="paper",
-        metavar="NAME or FILE",
-        help=f"what the judge is asked: paper (Table 1), {names} or a TOML file, see "
-        "core/judge_prompt.py",
-    )
-    tokens_help = "of a judgement; without it: as the prompt was published, 4096 for the paper's"
-    add("--max_new_tokens", type=flags.whole(1), help=tokens_help)
-    add(
-        "--max_pixels",
-        type=flags.whole(1),
-        help="larger images and frames are scaled down; without it: the prompt's bound, if it has "
-        "one, or the model's own",
-    )
-    add(
-        "--max_frames",
-        type=flags.whole(1),
-        default=32,
-        help="of a video, evenly spaced, in process as through a server; released: 32",
-    )
-    add(
-        "--early_stop",
-        action="store_true",
-        help="a row ends after three equal answers in a row, at most --samples (C.10)",
-    )
-    add(
-        "--parse",
-        choices=("strict", "lenient"),
-        default="strict",
-        help="lenient also reads a verdict that is not a digit in an <answer> block "
-        "(core/lenient.py), of a run that is there too (--score_only); what is kept stays strict",
-    )
-    add(
-        "--seed",
-        type=flags.random_seed,
-        default=0,
-        help="of the samples, each has its own, and of the vote",
-    )
 
 
 def check_args(args):
@@ -585,13 +505,26 @@ def run(args):
         pages.write_blind_vote(out, common, done, theirs, args.page, args.seed)
 
 
+def answer_question(args):
+    """--question: no run, no files."""
+    args.samples = args.samples or 2
+    check_args(args)
+    judge = judge_in_python.Judge(make_backend(args), protocol_of(args))
+    one_question.answer(judge, args)
+
+
 def main(words=None):
     training.die_with_torchrun()
-    args = parser().parse_args(words)
+    p = parser()
+    args = p.parse_args(words)
+    one_question.check_question(args, {name: p.get_default(name) for name in OF_RUNS})
+    if args.question:
+        return answer_question(args)
+    if not args.out:
+        p.error("the following arguments are required: --out")
     if args.tally:
-        pages.print_tally(args.out, args.tally)
-    else:
-        run(check_args(args))
+        return pages.print_tally(args.out, args.tally)
+    run(check_args(args))
 
 
 if __name__ == "__main__":

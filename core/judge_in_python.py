@@ -13,6 +13,7 @@ class Decision(NamedTuple):
     probability: float  # its share of the votes
     votes: tuple  # for 1, for 2, none
     reasoning: str  # of a sample that chose so
+    orders_agree: bool | None  # whether each order alone says the same; None: there is one order
 
 
 class Judge:
@@ -44,22 +45,43 @@ class Judge:
 
     def __call__(self, question, images, answer1, answer2):
         ((_, judgements),) = self.judged_duels(question, images, [answer1, answer2])
-        verdicts = [judgement.verdict for judgement in judgements]
-        votes = (verdicts.count(1), verdicts.count(2), verdicts.count(None))
-        lead = votes[0] - votes[1] or sum(lead_in_log_odds(judgement) for judgement in judgements)
-        if lead == 0:
-            return Decision(None, 0.0, votes, "")
-        choice = 1 if lead > 0 else 2
-        first = verdicts.index(choice)
-        probability = votes[choice - 1] / len(verdicts)
-        return Decision(choice, probability, votes, judgements[first].text)
+        return decide(judgements)
 
     def rank(self, question, images, answers):
         """Every answer against every other one, in both orders; without a verdict both get half."""
         if len(answers) < 2:
             raise InputError(f"rank compares two answers or more, got {len(answers)}")
-        shares = shares_won(self.judged_duels(question, images, answers))
-        return sorted(enumerate(shares), key=itemgetter(1), reverse=True)
+        return ranking(self.judged_duels(question, images, answers))
+
+
+def ranking(judged_duels):
+    """[(index of an answer, its share of duels won)], the best first."""
+    shares = shares_won(judged_duels)
+    return sorted(enumerate(shares), key=itemgetter(1), reverse=True)
+
+
+def decide(judgements):
+    """The Decision that the judgements of a duel come to."""
+    verdicts = [judgement.verdict for judgement in judgements]
+    votes = (verdicts.count(1), verdicts.count(2), verdicts.count(None))
+    agree = orders_agree(judgements)
+    lead = votes[0] - votes[1] or sum(lead_in_log_odds(judgement) for judgement in judgements)
+    if lead == 0:
+        return Decision(None, 0.0, votes, "", agree)
+    choice = 1 if lead > 0 else 2
+    first = verdicts.index(choice)
+    probability = votes[choice - 1] / len(verdicts)
+    return Decision(choice, probability, votes, judgements[first].text, agree)
+
+
+def orders_agree(judgements):
+    leads = []
+    for order in (0, 1):
+        verdicts = [judgement.verdict for judgement in judgements if judgement.order == order]
+        if not verdicts:
+            return None
+        leads.append(verdicts.count(1) - verdicts.count(2))
+    return leads[0] * leads[1] > 0
 
 
 def lead_in_log_odds(judgement):

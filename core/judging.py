@@ -24,6 +24,7 @@ from core.judge_prompt import load_prompt
 from core.judgements import LeftOut, digest, left_out_line
 from core.pairs import InputError, critique_turns, user_turn
 from core.pictures import BadPicture
+from core.policy import load_policy
 from core.sampler import HFSampler, start_vllm, vllm_media
 from core.training import micro_batches
 from stable_reinforce import parse
@@ -533,3 +534,13 @@ class RewardHeads:
             for sample, score in zip(batch, self.policy(inputs)["score"].tolist()):
                 scores[sample.place] = score
         return scores
+
+
+def load_reward_heads(args):
+    """The RewardHeads of --model, on this rank's GPU if there is one."""
+    policy = load_policy(args.model)
+    processor = load_processor(args.model, max_pixels=args.max_pixels)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return RewardHeads(policy, processor, device, args.max_new_tokens)

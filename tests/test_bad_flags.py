@@ -199,6 +199,8 @@ evaluate      | --judgements x --prompt r1_reward | --prompt is of no use: the f
 evaluate      | --judgements x --samples 4 | --samples is of no use: the file of --judgements says
 evaluate      | --judgements x --scores y | --scores and --judgements both say
 evaluate      | --scores scores.jsonl --base_url http://127.0.0.1:9/v1 | --scores and --base_url
+evaluate      | --answers a b            | --answers belongs to one question; give its --question
+evaluate      | --json                   | --json belongs to one question; give its --question
 
 # --- flags in a file
 all           | @gone.args               | @gone.args cannot be read: No such
@@ -210,7 +212,7 @@ sft           | @typo.args               | unknown flag --bacth; perhaps --batch
 sft           | @bounds.args             | argument --batch: expected a whole number, 1 or more
 """
 
-# flags that a script cannot do without
+# flags that a script cannot do without, and those of one question, which does without --out
 REQUIRED = """
 annotate      | --out x                  | the following arguments are required: --data
 sft           | --data x                 | the following arguments are required: --out
@@ -219,6 +221,13 @@ rl            | --out x                  | out/annotate/rl.jsonl: no such file; 
 judge         | --out x                  | the following arguments are required: --data
 evaluate      | --model x                | the following arguments are required: --out
 downstream    | --out x                  | the following arguments are required: --data
+evaluate      | --question Q             | --question needs two --answers or more, got 0
+evaluate      | --question Q --answers a | --question needs two --answers or more, got 1
+evaluate      | --question Q --answers a b --out x | --out is for rows in files; leave it out, or
+evaluate      | --question Q --answers a b --score_only | --score_only is for rows in files
+evaluate      | --question Q --answers a b --samples 3 | --samples 3: expected an even number
+evaluate      | --question Q --answers a b --images gone.png | --images gone.png: missing image
+evaluate      | --question Q --answers a b --images typo.args | --images typo.args: unreadable
 """
 
 

@@ -541,7 +541,7 @@ def test_judge_and_rank_in_python(toy, tmp_path):
             assert verdict.choice == row.choice and verdict.probability == 1
             assert verdict.votes == ((4, 0, 0) if row.choice == 1 else (0, 4, 0))
             assert parse(verdict.reasoning).choice == row.choice
-        assert judge("What?", [], "this", "that") == (None, 0.0, (0, 0, 4), "")
+        assert judge("What?", [], "this", "that") == (None, 0.0, (0, 0, 4), "", False)
 
         rows_of_id = {}
         for row in toy_rows(toy, tmp_path, RLHF)[RLHF]:

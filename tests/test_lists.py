@@ -24,7 +24,7 @@ from evaluation import (
 )
 
 import evaluate
-from core import lists
+from core import lists, one_question
 from core.files import InputError
 from core.judge_in_python import Judge
 from core.judgements import BenchmarkRow, LeftOut, Protocol, read_judgements
@@ -436,8 +436,8 @@ def test_lists_with_pictures_are_judged_by_a_server(toy, tmp_path):
 # --- what a judge in Python does not take
 
 
-@pytest.mark.parametrize("name", evaluate.OF_RUNS)
-def test_a_judge_in_python_refuses_what_is_for_files(name):
+@pytest.mark.parametrize("name", [*evaluate.OF_RUNS, *one_question.FLAGS])
+def test_a_judge_in_python_refuses_what_is_for_the_command_line(name):
     assert f"--{name}" in evaluate.parser()._option_string_actions
     with pytest.raises(
         InputError, match=rf"Judge\(\.\.\., {name}=\.\.\.\).*evaluate\.py, --{name}"
@@ -451,4 +451,4 @@ def test_a_judge_in_python_takes_every_other_flag():
     used += ("orders", "samples", "temperature", "prompt", "max_new_tokens", "max_pixels")
     used += ("max_frames", "early_stop", "parse", "seed")
     names = {action.dest for action in parser._actions} - {"help"}
-    assert names == {*used, *evaluate.OF_RUNS}
+    assert names == {*used, *evaluate.OF_RUNS, *one_question.FLAGS}
