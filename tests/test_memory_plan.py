@@ -1,8 +1,11 @@
 """core/memory_plan.py: the sums, by hand for the paper's run."""
 
 import argparse
+import time
+from pathlib import Path
 
 import pytest
+import stages
 import torch
 from conftest import ROOT
 
@@ -12,6 +15,8 @@ from bench import gpu as shapes
 from core import memory_plan, runs
 from core.files import InputError
 from core.memory_plan import GB, Machine, plan_memory, why_not
+from core.pairs import Pair, write_pairs
+from toy import model as toy_model
 
 GPU = 80 * 2**30  # bytes of a GPU of 80 GB
 FREE = 79.2 * 2**30  # of which so many are free
@@ -107,6 +112,49 @@ def test_a_7b_checkpoint_is_116_gb(seven_b):
     reason = memory_plan.why_no_disk("out/rl", needed, one, 200e9)
     assert "a checkpoint is 116.1 GB" in reason and "200.0 GB are free" in reason
     assert memory_plan.why_no_disk("out/rl", needed, one, 300e9) is None
+
+
+@pytest.fixture(scope="module")
+def run_of_77m(tmp_path_factory):
+    """A folder with a model of 77M weights and pairs, whose prompts have 164 tokens."""
+    folder = tmp_path_factory.mktemp("run")
+    toy_model.make(folder / "model", **shapes.TOYS["small"])
+    question = ("toy", "Which colour is it?", [], None, ["red", "blue"], 1)
+    write_pairs(folder / "pairs.jsonl", [Pair(str(number), *question) for number in range(10)])
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "engine, samples", [("vllm", 2), ("hf", 10)], ids=["the step is most", "activations are most"]
+)
+def test_a_run_on_a_cpu_takes_what_is_planned(run_of_77m, engine, samples):
+    """The peak of one step of rl.py, against the plan for as many tokens as its update has."""
+    out = run_of_77m / engine
+    flags = [
+        *("--model", run_of_77m / "model", "--data", run_of_77m / "pairs.jsonl", "--out", out),
+        *("--judge", "rule", "--engine", engine, "--check_every", 0, "--workers", 0),
+        *("--rollout_batch", samples, "--train_batch", samples, "--max_new_tokens", 8),
+        *("--zero", 2, "--no-recompute", "--micro_tokens", samples * (164 + 8)),
+    ]
+    (process,) = stages.start("rl", *flags, printed=run_of_77m / f"{engine}.txt")
+    measured = peak_until_step(1, out, process)
+    stages.kill(process)
+    model = memory_plan.size_of(run_of_77m / "model", False)
+    planned = plan_memory(model, flags_of(*flags), world=1).peak
+    assert model.weights > 76e6
+    assert planned == pytest.approx(measured, rel=0.15)
+
+
+def peak_until_step(step, out, process):
+    """The most memory that a process had resident until it logged a step."""
+    log, peak = out / "log.jsonl", 0
+    while not (log.exists() and f'"step": {step},' in log.read_text()):
+        assert process.is_alive()
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        peak = 1024 * int(status.partition("VmHWM:")[2].split()[0])
+        time.sleep(0.05)
+    return peak
 
 
 def test_a_run_that_cannot_fit_stops_before_anything_is_loaded(monkeypatch, one_rank):
