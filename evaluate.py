@@ -320,7 +320,7 @@ def add_output_flags(add):
         "--page",
         type=flags.whole(),
         default=200,
-        help="rows of each benchmark on page.html, rows on ab.html; 0 = no page",
+        help="rows (or lists) of each benchmark on page.html, rows on ab.html; 0 = no page",
     )
     add("--ab", metavar="OUT", help="another run: write ab.html, to vote between the two, blind")
     add("--tally", nargs="+", metavar="VOTES", help="files saved from ab.html: print Table 9")

@@ -270,11 +270,11 @@ def test_a_run_shows_the_ranking_beside_the_trivial_ones(monkeypatch, tmp_path):
     assert "| random | 36.11 [25.00, 50.00] | 0.00 [0.00, 0.00] |" in table
     assert "3 lists, ranked by the share" in table and "rank correlation (1 with ranks)" in table
     assert result["about"]["rows"] == 7
-    assert len(items) == 10 and items[0]["list"] == (
-        "list 0, as the judge ranks it: 1 (won 100%), 3 (won 50%), 2 (won 0%); "
-        "ranks of the file: 1, 3, 2"
-    )
-    assert [item["choice"] for item in items[3:6]] == [2, None, None]
+    assert [item["row"] for item in items] == [0, 1, 2]
+    assert items[0]["responses"] == ["good", "bad", "so so"] and items[0]["ranks"] == [1, 3, 2]
+    assert items[0]["won"] == [1.0, 0.0, 0.5] and items[0]["id"] == "a"
+    assert [duel["answers"] for duel in items[0]["duels"]] == [[1, 2], [1, 3], [2, 3]]
+    assert [duel["better"] for duel in items[1]["duels"]] == [2, None, None, 2, 2, None]
     again, table_again, _ = run_with(monkeypatch, None, tmp_path, "--score_only")
     assert (again, table_again) == (result, table)
 
@@ -308,7 +308,7 @@ def test_a_killed_run_over_lists_continues(monkeypatch, tmp_path):
     assert len(read_judgements(tmp_path / "out")) == 7
     partly, table, items = run_with(monkeypatch, None, tmp_path, "--score_only")
     assert partly["ranking"]["lists"] == 1 and "**2 more are left out" in table
-    assert [item["list"] is None for item in items] == [False] * 3 + [True]
+    assert [item["won"] is None for item in items] == [False, True]
     rest = DiesAfter(13)
     assert run_with(monkeypatch, rest, tmp_path) == whole and rest.left == 0
     assert sorted(path.read_text().splitlines()) == sorted(lines.splitlines())
@@ -325,7 +325,7 @@ def test_a_list_with_a_duel_that_is_left_out_is_not_ranked(monkeypatch, tmp_path
     assert "rank correlation" not in result["ranking"]["lines"]["the judge"]
     assert "2 of 10 rows left out" in table and "- lists row 4: too long" in table
     assert "With all 1 rows without judgement counted as wrong" in table
-    assert [item["list"] is None for item in items] == [True] * 7 + [False]
+    assert [item["won"] is None for item in items] == [True, True, False]
     nothing = JudgeByRule(judge_by_words())
     result, table, _ = run_with(monkeypatch, nothing, tmp_path, "--retry_left_out")
     assert result["ranking"]["lists"] == 3 and "left out" not in table.split("Percent")[0]

@@ -94,7 +94,10 @@ def ask(tmp_path, respond, answers, picture=None, **query):
     async def look(url):
         async with Browser(tmp_path) as browser:
             link = f"{PAGE.as_uri()}?{urlencode({'url': url, 'model': 'm'} | query)}"
-            return await judged(browser, link, "Which is it?", answers, picture)
+            await browser.be_a_phone()
+            found = await judged(browser, link, "Which is it?", answers, picture)
+            assert await browser.js("document.documentElement.scrollWidth") == 400
+            return found
 
     with http_server(note) as url:
         status, result = asyncio.run(look(url))

@@ -6,15 +6,11 @@ import shutil
 import subprocess
 
 import pytest
-from evaluation import (
-    VL,
-    judged,
-    says,
-    toy_rows,
-)
+from evaluation import VL, judged, make_row, says, toy_rows
 
 from core.files import InputError
 from core.judgements import Protocol
+from core.lists import duel_rows
 from viewer.pages import page_items, tally_votes, write_blind_vote, write_page
 
 TWO = Protocol("both", samples=2)
@@ -80,6 +76,10 @@ class Browser:
             if reply.get("id") == self.commands:
                 assert "error" not in reply, reply
                 return reply["result"]
+
+    async def be_a_phone(self):
+        size = {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+        await self.send("Emulation.setDeviceMetricsOverride", **size)
 
     async def open(self, link, selector="#place"):
         await self.send("Page.enable")
@@ -165,8 +165,114 @@ def test_the_page_filters_by_click_and_key(toy, tmp_path):
                     assert TRICKY_TEXT in await browser.text("main")
             await browser.select(1, 4)
             assert await browser.text("#place") == "1 of 10"
+            # a link opens its row, whatever is filtered; the address is a link to what is shown
+            await browser.js("location.hash = '#row=VL-RewardBench/2'")
+            await browser.wait_for("place.textContent === '3 of 40'")
+            assert await browser.js("document.querySelector('select').value") == "all"
+            await browser.key("j")
+            assert await browser.js("location.hash") == "#row=VL-RewardBench/3"
+            await browser.js("location.hash = '#row=VL-RewardBench/99'")
+            await browser.wait_for("place.textContent === 'none'")
+            assert "row=VL-RewardBench/99 is not on this page" in await browser.text("main")
 
     asyncio.run(look())
+
+
+def look_at(tmp_path, items, *questions, link=""):
+    """What JavaScript expressions are on a page of these items, at the width of a phone."""
+    path = tmp_path / "page.html"
+    write_page(path, "judgements", items, blind=False)
+
+    async def look():
+        async with Browser(tmp_path) as browser:
+            await browser.be_a_phone()
+            await browser.open(path.as_uri() + link)
+            return [await browser.js(question) for question in questions]
+
+    return asyncio.run(look())
+
+
+TABLE = (
+    "[...document.querySelectorAll('{} tr')].map(row => [...row.children].map(c => c.innerText))"
+)
+WIDTH = "document.documentElement.scrollWidth"
+
+
+@pytest.mark.slow
+@needs_browser
+def test_the_page_counts_equal_texts_and_shows_votes_and_baselines(tmp_path):
+    """Five judgements are right, two wrong and one without verdict; the longer answer is wrong."""
+    row = make_row(7, choice=1, responses=("short", "much longer"))
+
+    def rule(row, order, sample):
+        choices = ((1, 1, 2, 1), (2, 2, 1, None))
+        return says(choices[order][sample])
+
+    items = page_items({"pairs": [row]}, judged([row], Protocol("both", samples=8), rule), 10)
+    votes, texts, width = look_at(
+        tmp_path,
+        items,
+        TABLE.format(".votes"),
+        "[...document.querySelectorAll('main > div > p')].map(p => p.textContent)",
+        WIDTH,
+    )
+    assert votes == [
+        ["votes for", "answer 1, better", "answer 2", "no verdict"],
+        ["answer 1 shown first", "3", "1", "0"],
+        ["answer 2 shown first", "2", "1", "1"],
+        ["the longer answer", "", "wrong", ""],
+        ["the first answer", "right", "", ""],
+    ]
+    assert texts == [
+        "answer 1 shown first: says 1, answer 1; 3 times, samples 0, 1, 3",
+        "answer 1 shown first: says 2, answer 2; sample 2",
+        "answer 2 shown first: says 2, answer 1; 2 times, samples 0, 1",
+        "answer 2 shown first: says 1, answer 2; sample 2",
+        "answer 2 shown first: no verdict; sample 3",
+    ]
+    assert width == 400
+
+
+@pytest.mark.slow
+@needs_browser
+def test_a_list_is_one_item_with_its_ranking_and_its_duels(tmp_path):
+    """The judge likes longer answers; the file ranks the third one first."""
+    fields = {"question": "Q?", "images": [], "video": None, "bench": "lists", "groups": {}}
+    answers = ["a" * 40, "bb" * 400, "c"]
+    rows = duel_rows(answers, [2, 2, 1], number=4, id="x", source="", **fields)
+
+    def the_longer(row, order, sample):
+        first, second = row.responses[::-1] if order else row.responses
+        return says(1 if len(first) > len(second) else 2)
+
+    items = page_items({"lists": rows}, judged(rows, TWO, the_longer), 10)
+    ranking, duels, about, width = look_at(
+        tmp_path,
+        items,
+        TABLE.format("section table"),
+        "[...document.querySelectorAll('summary')].map(s => [s.textContent, s.className])",
+        "main.textContent",
+        WIDTH,
+        link="#row=lists/4",
+    )
+    assert [cells[:3] for cells in ranking[1:]] == [
+        ["2", "100 %", "2"],
+        ["1", "50 %", "2"],
+        ["3", "0 %", "1"],
+    ]
+    assert duels == [
+        ["answer 1 against answer 2, votes 0 to 2", "none"],
+        ["answer 1 against answer 3, votes 2 to 0", "wrong"],
+        ["answer 2 against answer 3, votes 2 to 0", "wrong"],
+    ]
+    assert "lists, list 4, x, : 0 of 4 judgements right" in about
+    assert "the longest: answer 2; the first in the file: answer 1" in about
+    assert width == 400
+    (tmp_path / "partly").mkdir()
+    partly = page_items({"lists": rows}, judged(rows[:2], TWO, the_longer), 10)
+    (text,) = look_at(tmp_path / "partly", partly, "main.textContent")
+    assert "as listed: not all duels are judged" in text
+    assert "answer 2 against answer 3, not judged" in text
 
 
 def reason_only(words):

@@ -1,12 +1,11 @@
 """HTML pages that need no network: judgements to read (C.6), a blind vote on two runs (C.7)."""
 
-import dataclasses
 import html
 import json
 import os
 import random
 from collections import Counter, defaultdict
-from operator import itemgetter
+from itertools import groupby
 from pathlib import Path
 
 from core.endpoint import data_url
@@ -40,54 +39,89 @@ def embedded_pictures(row):
 
 
 def page_items(benches, done, limit):
-    """Of each benchmark the first rows that have judgements, at most `limit`."""
+    """Of each benchmark the first rows, or lists, that have judgements, at most `limit`."""
     judgements = defaultdict(list)
     for key in sorted(done):
         judgements[key[:2]].append(done[key])
     items = []
     for rows in benches.values():
-        notes = list_notes(rows, judgements)
-        judged_rows = [row for row in rows if row.key in judgements]
-        items += [page_item(row, judgements[row.key], notes) for row in judged_rows[:limit]]
+        judged_rows = [(row, judgements.get(row.key, [])) for row in rows]
+        together = [list(group) for _, group in groupby(judged_rows, key=number_of)]
+        judged = [group for group in together if any(of_row for _, of_row in group)]
+        items += [page_item(group) for group in judged[:limit]]
     return items
 
 
-def list_notes(rows, judgements):
-    """{number of a list: how the judge ranks its answers}, of lists whose duels are all judged."""
-    duels = defaultdict(list)
-    for row in rows:
-        if row.duel:
-            duels[row.duel.list_number].append((row, judgements.get(row.key)))
-    notes = {}
-    for number, judged_rows in duels.items():
-        if all(of_row for _, of_row in judged_rows):
-            shares = shares_won(judged_rows)
-            order = sorted(enumerate(shares, 1), key=itemgetter(1), reverse=True)
-            won = ", ".join(f"{answer} (won {share:.0%})" for answer, share in order)
-            right = ", ".join(map(str, judged_rows[0][0].duel.ranks))
-            notes[number] = (
-                f"list {number}, as the judge ranks it: {won}; ranks of the file: {right}"
-            )
-    return notes
+def number_of(judged_row):
+    """The number of the row or, for all duels of a list, of their list."""
+    row, _ = judged_row
+    return row.duel.list_number if row.duel else row.row
 
 
-def page_item(row, judgements, notes):
-    shown_judgements = []
-    for judgement in judgements:
-        doubts = has_doubts(judgement.text)
-        shown_judgements.append(dataclasses.asdict(judgement) | {"again": doubts})
-    return {
+def page_item(judged_rows):
+    """A question with two answers and one duel, or a list of answers with all of its duels."""
+    row, _ = judged_rows[0]
+    duels = [duel_of(*judged_row) for judged_row in judged_rows]
+    item = {
         "bench": row.bench,
-        "row": row.row,
+        "row": number_of(judged_rows[0]),
         "id": row.id,
         "question": row.question,
         "responses": row.responses,
-        "choice": row.choice if row.is_decided else None,
-        "list": notes.get(row.duel.list_number) if row.duel else None,
+        "ranks": [1, 2] if row.choice == 1 else [2, 1],
+        "won": None,
         "group": " / ".join(row.groups.values()),
         "images": embedded_pictures(row),
-        "judgements": shown_judgements,
+        "duels": duels,
     }
+    if row.duel:
+        item |= of_list(judged_rows)
+    return item | {"longest": longest(item["responses"])}
+
+
+def of_list(judged_rows):
+    """What a list has in the place of a pair's fields. won: of each answer its share of duels."""
+    row, _ = judged_rows[0]
+    texts = {}
+    for duel_row, _ in judged_rows:
+        texts |= zip(duel_row.duel.answers, duel_row.responses)
+    is_whole = all(judgements for _, judgements in judged_rows)
+    return {
+        "id": row.id.rpartition(" ")[0],
+        "responses": [texts[place] for place in sorted(texts)],
+        "ranks": row.duel.ranks,
+        "won": shares_won(judged_rows) if is_whole else None,
+    }
+
+
+def duel_of(row, judgements):
+    """A duel of two answers, which are named by their numbers in the item, from 1 on."""
+    answers = [place + 1 for place in row.duel.answers] if row.duel else [1, 2]
+    by_verdict = {1: answers[0], 2: answers[1], None: None}
+    same = defaultdict(list)  # numbers of the samples that say exactly the same
+    for judgement in judgements:
+        key = judgement.order, judgement.text, judgement.finish, judgement.choice, judgement.verdict
+        same[key].append(judgement.sample)
+    texts = []
+    for (order, text, finish, choice, verdict), samples in same.items():
+        one = {
+            "order": order,
+            "samples": samples,
+            "text": text,
+            "truncated": finish == "length",
+            "says": choice,
+            "winner": by_verdict[verdict],
+            "again": has_doubts(text),
+        }
+        texts.append(one)
+    better = by_verdict[row.choice] if row.is_decided else None
+    return {"answers": answers, "better": better, "texts": texts}
+
+
+def longest(responses):
+    """The number of the longest answer, None if there are several."""
+    lengths = [len(text) for text in responses]
+    return lengths.index(max(lengths)) + 1 if lengths.count(max(lengths)) == 1 else None
 
 
 # --- the blind vote
