@@ -67,6 +67,7 @@ from core.memory_plan import check_memory
 from core.policy import load_policy, save_policy, token_logps, whole_weights
 from core.sampler import HFSampler, VLLMSampler
 from core.seeds import seed_from
+from core.shared_prompts import rows_within
 from judge import ConsistencyJudge
 from stable_reinforce import average, final_reward, format_reward, parse, result_reward
 
@@ -238,9 +239,13 @@ def right_in_both_orders(results, samples):
 
 
 def split_into_mini_batches(samples, step, args):
-    """This rank's samples of each mini-batch; which are together is the same on any ranks."""
-    places = list(range(args.rollout_batch * args.samples))
-    random.Random(f"{args.seed} {step} mini-batches").shuffle(places)
+    """
+    This rank's samples of each mini-batch; which are together is the same on any ranks. The samples
+    of a prompt are together as far as --train_batch allows.
+    """
+    groups = list(range(args.rollout_batch))
+    random.Random(f"{args.seed} {step} mini-batches").shuffle(groups)
+    places = [group * args.samples + number for group in groups for number in range(args.samples)]
     number_of = {place: index // args.train_batch for index, place in enumerate(places)}
     mini_batches = [[] for _ in range(len(places) // args.train_batch)]
     for sample in samples:
@@ -345,8 +350,8 @@ def optimizer_step(run, mini_batch, lr):
     # over ALL ranks: then losses of micro-batches add up to the loss of the mini-batch
     denominator = training.all_reduce(tokens if loss_agg == "tokens" else len(mini_batch))
     loss_function = partial(micro_batch_loss, run, max(1.0, denominator))
-    singles = [[sample] for sample in mini_batch]
-    micro_batches = training.micro_batches(singles, run.args.micro_tokens)
+    budget = run.args.micro_tokens
+    micro_batches = training.micro_batches(rows_within(mini_batch, budget), budget)
     return metrics.Update(*training.update(run.trainer, micro_batches, loss_function, lr))
 
 

@@ -7,12 +7,14 @@ the characters that they are, in training as in vLLM. A server tokenizes itself,
 
 import re
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 
 from core.files import InputError, in_short
 from core.model_folder import load_config
 from core.pictures import BadPicture, open_picture, opened
+from core.shared_prompts import collate_shared, row_length, rows_of
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 VISION_INPUTS = (*PIXELS.values(), "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
@@ -237,53 +239,61 @@ def image_tokens(image_processor, path):
 
 def collate(samples, pad_id, device="cpu", left=False):
     """
-    Pad samples to a batch: the model's inputs (B, T), see MODEL_INPUTS, and
+    Pad samples to a batch. Neighbours with the same prompt share a row, see core/shared_prompts.py.
+    The model's inputs (B, T), see MODEL_INPUTS, and for S samples
 
-        response_mask (B, R)  True where sample b has an r-th response token
+        response_mask (S, R)  True where sample s has an r-th response token
         response_ids (N,)     those tokens
         predict_from (N,)     where in the flattened (B * T) each of them is predicted
-        last_token (B,)       where in the flattened (B * T) each sample ends
+        last_token (S,)       where in the flattened (B * T) each sample ends
         image_index, video_index (pictures,)   see first_occurrences
 
     Padding is at the end: no token attends to it, so attention needs no mask, and its kernels are
-    faster without. left=True pads in front, with a mask, to generate from. No samples make a row
-    of two padding tokens with nothing to predict.
+    faster without. left=True pads in front, with a mask and a row for each sample, to generate
+    from. No samples make a row of two padding tokens with nothing to predict.
     """
-    rows = samples or [Sample([pad_id, pad_id], [0, 0], vision={})]
-    width = max(sample.length for sample in rows)
-    input_ids = torch.full((len(rows), width), pad_id)
+    rows = [[sample] for sample in samples] if left else rows_of(samples)
+    only_padding = [[Sample([pad_id, pad_id], [0, 0], vision={})]]
+    width = max(row_length(row) for row in rows or only_padding)
+    input_ids = torch.full((len(rows) or 1, width), pad_id)
     attention_mask = torch.zeros_like(input_ids)
     token_types = torch.zeros_like(input_ids)  # a response is text, type 0
-    for row, sample in enumerate(rows):
-        start = width - sample.length if left else 0
-        response = start + len(sample.prompt_ids)
-        end = start + sample.length
-        input_ids[row, start:end] = torch.tensor(sample.prompt_ids + sample.response_ids)
-        attention_mask[row, start:end] = 1
-        token_types[row, start:response] = torch.tensor(sample.token_types)
+    row_starts = []  # in the flattened (B * T)
+    for number, row in enumerate(rows or only_padding):
+        prompt, length = row[0], row_length(row)
+        start = width - length if left else 0
+        ids = [*prompt.prompt_ids, *chain(*(sample.response_ids for sample in row))]
+        input_ids[number, start : start + length] = torch.tensor(ids)
+        attention_mask[number, start : start + length] = 1
+        types = torch.tensor(prompt.token_types)
+        token_types[number, start : start + len(types)] = types
+        row_starts.append(number * width + start)
     # without the types, positions would silently have one dimension in the place of three
     batch = {"input_ids": input_ids, "mm_token_type_ids": token_types}
     if left:
         batch["attention_mask"] = attention_mask
-    batch |= collate_responses(samples, width, left)
-    batch |= collate_vision(samples)
+    batch |= collate_responses(rows, row_starts)
+    batch |= collate_shared(rows, width)
+    batch |= collate_vision([row[0] for row in rows])
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def collate_responses(samples, width, left):
-    longest = max((len(sample.response_ids) for sample in samples), default=0)
-    response_mask = torch.zeros(len(samples), longest, dtype=torch.bool)
-    response_ids, predict_from, last_token = [], [], []
-    for row, sample in enumerate(samples):
-        count = len(sample.response_ids)
-        end = width if left else sample.length
-        last = row * width + end - 1
-        response_mask[row, :count] = True
-        response_ids += sample.response_ids
-        predict_from += range(last - count, last)  # each token is predicted by the one before it
-        last_token.append(last)
+def collate_responses(rows, row_starts):
+    lengths, response_ids, predict_from, last_token = [], [], [], []
+    for row, start in zip(rows, row_starts):
+        place = start + len(row[0].prompt_ids)
+        last_of_prompt = place - 1
+        for sample in row:
+            count = len(sample.response_ids)
+            seen = [last_of_prompt, *range(place, place + count)]
+            predict_from += seen[:-1]  # each token is predicted by the one before it
+            last_token.append(seen[-1])
+            response_ids += sample.response_ids
+            lengths.append(count)
+            place += count
+    places = torch.arange(max(lengths, default=0))
     return {
-        "response_mask": response_mask,
+        "response_mask": places < torch.tensor(lengths, dtype=torch.long)[:, None],
         "response_ids": torch.tensor(response_ids, dtype=torch.long),
         "predict_from": torch.tensor(predict_from, dtype=torch.long),
         "last_token": torch.tensor(last_token, dtype=torch.long),

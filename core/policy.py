@@ -11,6 +11,7 @@ import torch.distributed as dist
 from core.encoding import MODEL_INPUTS, PIXELS
 from core.files import InputError, in_short
 from core.model_folder import appears_whole, load_config
+from core.shared_prompts import shared_inputs, use_varlen_attention
 from core.vision_tower import speed_up_tower
 
 # --------------------------------------------------------------------------------------------------
@@ -134,6 +135,8 @@ class Policy(torch.nn.Module):
         base = model.base_model
         base.get_rope_index = functools.partial(continue_after_videos, base.get_rope_index)
         speed_up_tower(base.visual)
+        if torch.cuda.is_available():
+            use_varlen_attention(base.language_model)
         if head_kind:
             width = model.config.get_text_config().hidden_size
             self.head = torch.nn.Sequential(
@@ -142,14 +145,16 @@ class Policy(torch.nn.Module):
 
     def forward(self, batch, entropy=False):
         """
-        A batch of collate() -> {"logps": (B, R), "entropy": (B, R), "score": (B,)}, in float32.
+        A batch of collate() -> {"logps": (S, R), "entropy": (S, R), "score": (S,)}, in float32.
         What was not asked for, or this head does not give, is None.
         """
         inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
         for name in PIXELS.values():
             inputs.pop(name, None)
+        base = self.model.base_model
+        inputs |= shared_inputs(base, batch, inputs)
         pictures, zero = self.encode_pictures(batch)
-        output = self.model.base_model(**inputs, mm_encoder_outputs=pictures, use_cache=False)
+        output = base(**inputs, mm_encoder_outputs=pictures, use_cache=False)
         hidden = output.last_hidden_state + zero  # (B, T, H)
         hidden = hidden.flatten(0, 1)  # (B * T, H)
         result = {"logps": None, "entropy": None, "score": None}
@@ -237,7 +242,7 @@ def spread(values, mask):
 def token_logps(policy, batch, entropy=False):
     """
     Log-probabilities of the response tokens and, if asked for, the entropy of the distribution
-    that each comes from (else None): (B, R) in float32, 0 outside the response mask.
+    that each comes from (else None): (S, R) in float32, 0 outside the response mask.
     """
     output = policy(batch, entropy)  # a Policy, or DeepSpeed's engine around it
     return output["logps"], output["entropy"]

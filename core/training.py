@@ -18,6 +18,7 @@ from core.encoding import collate
 from core.files import InputError
 from core.flags import number, random_seed, whole
 from core.policy import token_logps
+from core.shared_prompts import row_length, rows_of, rows_within
 
 # --------------------------------------------------------------------------------------------------
 # Ranks
@@ -240,29 +241,27 @@ def micro_batches(groups, budget):
     """
     Pack this rank's groups, lists of samples that stay together, into micro-batches.
 
-    Groups are sorted by length, longest first. A micro-batch is filled until its padded size,
-    samples times longest sample, would exceed `budget` tokens. All ranks get the same number, some
-    of them empty at the end, because ZeRO-2 and ZeRO-3 communicate in every micro-batch.
+    Groups are sorted by length, longest first. A micro-batch is filled until its padded size, rows
+    times longest row, would exceed `budget` tokens. All ranks get the same number, some of them
+    empty at the end, because ZeRO-2 and ZeRO-3 communicate in every micro-batch.
     """
-    batches = []
-    for group in sorted(groups, key=longest, reverse=True):
-        if batches and padded_size(batches[-1], group) <= budget:
+    batches, filled, width = [], 0, 0
+    for group in sorted(groups, key=longest_row, reverse=True):
+        rows = len(rows_of(group))
+        if batches and (filled + rows) * width <= budget:
             batches[-1] += group
+            filled += rows
         else:
             batches.append(list(group))
+            filled, width = rows, longest_row(group)
     number = int(all_reduce(len(batches), "max"))
     while len(batches) < number:
         batches.append([])
     return batches
 
 
-def padded_size(batch, group):
-    """Count the tokens of a micro-batch after a group of shorter samples has joined it."""
-    return (len(batch) + len(group)) * longest(batch)
-
-
-def longest(samples):
-    return max(sample.length for sample in samples)
+def longest_row(samples):
+    return max(row_length(row) for row in rows_of(samples))
 
 
 @torch.no_grad()
@@ -272,7 +271,7 @@ def response_logps(policy, samples, pad_id, device, micro_tokens):
     (response tokens,) for each sample.
     """
     found = {}
-    for batch in micro_batches([[sample] for sample in samples], micro_tokens):
+    for batch in micro_batches(rows_within(samples, micro_tokens), micro_tokens):
         logps, _ = token_logps(policy, collate(batch, pad_id, device))
         for sample, row in zip(batch, logps):
             found[sample] = row[: len(sample.response_ids)].clone()

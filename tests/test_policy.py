@@ -44,8 +44,11 @@ def policy():
 
 @pytest.fixture(scope="module")
 def samples(processor, tmp_path_factory):
+    return make_samples(processor, tmp_path_factory.mktemp("pictures"))
+
+
+def make_samples(processor, folder):
     """Two images, one image, a video, a text, each with a response of another length; twice."""
-    folder = tmp_path_factory.mktemp("pictures")
     pictures = [save_picture(folder / f"{seed}.png", seed) for seed in range(14)]
     found = []
     for half in (pictures[:7], pictures[7:]):
@@ -179,12 +182,18 @@ def test_attention_is_causal_and_has_no_mask_though_rows_are_padded(policy, samp
 
 
 def test_the_tower_sees_a_picture_of_several_samples_once(policy, samples):
-    """Same log-probabilities and gradient as with a copy of the pictures for every sample."""
+    """
+    Of samples whose prompts differ, as the two orders of a pair: same log-probabilities and
+    gradient as with a copy of the pictures for every sample.
+    """
     shared = []
     for sample in samples:
         for count in (9, 5, 7):
             response_ids = sample.response_ids[:count]
-            shared.append(dataclasses.replace(sample, response_ids=response_ids))
+            prompt_ids = list(sample.prompt_ids)
+            shared.append(
+                dataclasses.replace(sample, prompt_ids=prompt_ids, response_ids=response_ids)
+            )
     copied = [dataclasses.replace(sample, vision=dict(sample.vision)) for sample in shared]
     patches, results = [], []
     visual = policy.model.base_model.visual
@@ -263,12 +272,13 @@ def test_every_batch_gives_every_parameter_a_gradient(policy, samples):
         assert (size > 0) == bool(some)
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
-def test_the_other_qwens(family, policy, samples):
-    """Their classes in a tiny shape: as by all logits, and every parameter has a gradient."""
+OTHER_QWENS = ["qwen2_vl", "qwen3_vl"]
+
+
+def make_policy(family, ours):
+    """A policy of another class of model in a tiny shape, with the tokens of the config `ours`."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    ours = policy.model.config
     names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
     names = [*names.split(), "num_key_value_heads", "rope_parameters"]
     text = {name: getattr(ours.text_config, name) for name in names}
@@ -294,7 +304,13 @@ def test_the_other_qwens(family, policy, samples):
         **{name: getattr(ours, name) for name in ids},
     )
     torch.manual_seed(0)
-    other = Policy(AutoModelForImageTextToText.from_config(config)).eval()
+    return Policy(AutoModelForImageTextToText.from_config(config)).eval()
+
+
+@pytest.mark.parametrize("family", OTHER_QWENS)
+def test_the_other_qwens(family, policy, samples):
+    """As by all logits, and every parameter has a gradient."""
+    other = make_policy(family, policy.model.config)
     for some in (samples[:2], [samples[3]]):
         batch = collate(some, 0)
         other.zero_grad()

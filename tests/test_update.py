@@ -313,8 +313,9 @@ class Formulas:
             current = [[self.table[t] for t in response] for response in RESPONSES]
             self.old = sampled if args.old_logps == "vllm" else current
             advantages, kept = self.advantages()
-            order = list(range(len(RESPONSES)))
-            random.Random(f"{args.seed} {step} mini-batches").shuffle(order)
+            prompts = list(range(len(RESPONSES) // 2))
+            random.Random(f"{args.seed} {step} mini-batches").shuffle(prompts)
+            order = [place for prompt in prompts for place in (2 * prompt, 2 * prompt + 1)]
             batches = [
                 order[i : i + args.train_batch] for i in range(0, len(order), args.train_batch)
             ]
@@ -428,7 +429,7 @@ def test_statistics_are_means_over_tokens_and_maxima():
 
 
 def places_of(step, **flags):
-    args = make_args(rollout_batch=24, samples=1, train_batch=8, **flags)
+    args = make_args(**{"rollout_batch": 24, "samples": 1, "train_batch": 8} | flags)
     samples = [SimpleNamespace(place=place) for place in range(24)]
     mini_batches = rl.split_into_mini_batches(samples, step, args)
     return [[sample.place for sample in mini_batch] for mini_batch in mini_batches]
@@ -442,6 +443,14 @@ def test_mini_batches_are_a_shuffled_partition_new_in_every_step():
     assert places_of(0) == batches
     assert places_of(1) != batches
     assert places_of(0, seed=1) != batches
+
+
+@pytest.mark.parametrize("train_batch, prompts_of_each", [(8, [2, 2, 2]), (6, [2, 2, 2, 2])])
+def test_samples_of_a_prompt_are_in_the_same_mini_batch(train_batch, prompts_of_each):
+    """With 4 samples a prompt, 6 prompts: as far as the size of a mini-batch allows."""
+    batches = places_of(0, rollout_batch=6, samples=4, train_batch=train_batch)
+    assert sorted(itertools.chain(*batches)) == list(range(24))
+    assert [len({place // 4 for place in batch}) for batch in batches] == prompts_of_each
 
 
 def test_two_ranks_cut_the_same_mini_batches():
@@ -470,7 +479,7 @@ def second_rank(rank, port, folder):
     found = []
     for flags in TWO_RANKS:
         # micro-batches of one sample: a rank with fewer samples has empty ones at the end
-        args = make_args(**flags | {"micro_tokens": 1, "train_batch": 2, "seed": 1})
+        args = make_args(**flags | {"micro_tokens": 1, "seed": 2})
         found.append(run_steps(args, 2, rank, 2))
     torch.save(found, f"{folder}/{rank}.pt")
 
@@ -482,12 +491,12 @@ def test_two_ranks_with_unequal_shares_take_the_steps_of_one(tmp_path):
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     sizes = set()
     for step in (0, 1):
-        args = make_args(train_batch=2, seed=1)
+        args = make_args(seed=2)
         mini_batches = rl.split_into_mini_batches(make_samples(0, 2), step, args)
         sizes |= {len(mini_batch) for mini_batch in mini_batches}
-    assert sizes == {0, 1, 2}  # of some mini-batches a rank has two samples or none
+    assert sizes == {0, 2, 4}  # of some mini-batches a rank has all samples or none
     for flags, one, two in zip(TWO_RANKS, first, second):
-        args = make_args(**flags | {"train_batch": 2, "seed": 1})
+        args = make_args(**flags | {"seed": 2})
         tables, losses, kept = Formulas(args).run(2)
         assert one[0] == two[0], flags
         assert one[2] + two[2] == kept, flags

@@ -8,6 +8,7 @@ $ torchrun --nproc_per_node=2 tests/programs/train_two_ranks.py FOLDER    # has 
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from core.encoding import collate, encode, load_processor
 from core.pairs import judging_turns, read_pairs
 from core.policy import gather_weights, load_policy, save_policy, token_logps
+from core.shared_prompts import rows_within
 from core.training import make_trainer, micro_batches, start_ranks, update
 from toy import cpu
 
@@ -32,8 +34,13 @@ CASES = [
 
 
 def load_samples(folder, processor):
-    pairs = read_pairs(folder / "pairs.jsonl", 7)
-    return [encode(processor, judging_turns(pair), pair.annotation) for pair in pairs]
+    """Two responses to each prompt, in one list."""
+    samples = []
+    for pair in read_pairs(folder / "pairs.jsonl", 7):
+        sample = encode(processor, judging_turns(pair), pair.annotation)
+        half = sample.response_ids[: len(sample.response_ids) // 2]
+        samples += [sample, replace(sample, response_ids=half)]
+    return samples
 
 
 def train(folder, rank, device, zero, budget, recompute):
@@ -43,7 +50,7 @@ def train(folder, rank, device, zero, budget, recompute):
     samples = load_samples(folder, processor)
     tokens = sum(len(sample.response_ids) for sample in samples)
     # rank 0 has a single text, rank 1 all samples with pictures
-    local = samples[3:4] if rank == 0 else samples[:3] + samples[4:]
+    local = samples[6:8] if rank == 0 else samples[:6] + samples[8:]
     trainer = make_trainer(policy, zero, LR, device)
     layer_calls = []
     layer = policy.model.base_model.language_model.layers[0]
@@ -57,7 +64,7 @@ def train(folder, rank, device, zero, budget, recompute):
         loss, metrics = loss_function(batch)
         return loss * math.nan, metrics
 
-    batches = micro_batches([[sample] for sample in local], budget)
+    batches = micro_batches(rows_within(local, budget), budget)
     steps = [update(trainer, batches, loss_function, LR) for _ in range(STEPS)]
     calls = len(layer_calls)
     weights = gather_weights(policy, rank=0)  # on both
