@@ -174,14 +174,14 @@ def make_model(folder, args, device):
     toy_model.save(model, processor, folder)
 
 
-def make_pairs(folder, args, rank):
+def make_pairs(folder, number, args, rank):
     from PIL import Image
 
     rng = random.Random(f"{args.seed} {rank}")
     side = 28 * round(args.image_tokens**0.5)
     words = [*world.COLOURS, *world.SHAPES, "the", "is", "picture", "nothing", "left", "right"]
     pairs = []
-    for i in range(args.samples):
+    for i in range(number):
         path = Path(folder, f"{rank}-{i}.png")
         noise = rng.randbytes(3 * side**2)
         Image.frombytes("RGB", (side, side), noise).save(path, compress_level=0)
@@ -437,9 +437,9 @@ def parser():
     return p
 
 
-def flags_of_rl(model, args):
+def flags_of_rl(model, budget, args):
     words = ["--model", str(model), "--max_new_tokens", str(args.new_tokens)]
-    words += ["--micro_tokens", str(budget_of_step(args))]
+    words += ["--micro_tokens", str(budget)]
     words += ["--recompute" if args.recompute else "--no-recompute"]
     for name in ("context", "zero", "memory", "attn", "lr"):
         words += [f"--{name}", str(getattr(args, name))]
@@ -466,8 +466,10 @@ def main():
         make_model(model, args, device)
     dist.barrier()
     processor = load_processor(model)
-    run = rl.start_run(flags_of_rl(model, args), processor, rank, world_size, device)
-    prompts = encode_prompts(make_pairs(work, args, rank), judging_turns, processor)
+    run = rl.start_run(
+        flags_of_rl(model, budget_of_step(args), args), processor, rank, world_size, device
+    )
+    prompts = encode_prompts(make_pairs(work, args.samples, args, rank), judging_turns, processor)
     measure = Measure(device)
     if device.type == "cuda":
         rl.sync(run)  # as rl.py does before its first rollout
