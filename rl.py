@@ -67,7 +67,6 @@ from core.memory_plan import check_memory
 from core.policy import load_policy, save_policy, token_logps, whole_weights
 from core.sampler import HFSampler, VLLMSampler
 from core.seeds import seed_from
-from core.shared_prompts import rows_within
 from judge import ConsistencyJudge
 from stable_reinforce import average, final_reward, format_reward, parse, result_reward
 
@@ -350,8 +349,7 @@ def optimizer_step(run, mini_batch, lr):
     # over ALL ranks: then losses of micro-batches add up to the loss of the mini-batch
     denominator = training.all_reduce(tokens if loss_agg == "tokens" else len(mini_batch))
     loss_function = partial(micro_batch_loss, run, max(1.0, denominator))
-    budget = run.args.micro_tokens
-    micro_batches = training.micro_batches(rows_within(mini_batch, budget), budget)
+    micro_batches = training.row_batches(mini_batch, run.args.micro_tokens)
     return metrics.Update(*training.update(run.trainer, micro_batches, loss_function, lr))
 
 

@@ -336,7 +336,7 @@ def measure_updates(run, samples, args, measure):
         mfu = "-"
         if peak:
             mfu = f"{operations(run.policy.model.config, samples) / seconds / peak:.1%}"
-        batches = len(training.micro_batches([[sample] for sample in samples], budget))
+        batches = len(training.row_batches(samples, budget))
         speed = f"{tokens / seconds:,.0f}"
         row = [f"{budget:,}", str(batches), f"{seconds:.3g}", speed, mfu, measure.gib(name)]
         rows.append(row)

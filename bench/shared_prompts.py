@@ -31,7 +31,6 @@ from core.flags import command_line
 from core.pairs import judging_turns
 from core.prompts import encode_prompts
 from core.seeds import seed_from
-from core.shared_prompts import rows_within
 from core.tables import markdown_table
 
 PHASES = ("rollout", "old log-probabilities", "updates", "sync")
@@ -55,7 +54,7 @@ def measure_steps(args):
         seeds = [seed_from(args.seed, step, number) for number in range(len(prompts))]
         samples = take_step(run, prompts, seeds, args, measure)
     tokens = 0
-    for batch in training.micro_batches(rows_within(samples, args.budget), args.budget):
+    for batch in training.row_batches(samples, args.budget):
         tokens += collate(batch, run.pad_id)["input_ids"].numel()
     return {
         "seconds": {phase: measure.seconds[phase][1:] for phase in PHASES},  # the first warms up

@@ -260,6 +260,11 @@ def micro_batches(groups, budget):
     return batches
 
 
+def row_batches(samples, budget):
+    """This rank's samples in micro-batches; those of a prompt share rows."""
+    return micro_batches(rows_within(samples, budget), budget)
+
+
 def longest_row(samples):
     return max(row_length(row) for row in rows_of(samples))
 
@@ -271,7 +276,7 @@ def response_logps(policy, samples, pad_id, device, micro_tokens):
     (response tokens,) for each sample.
     """
     found = {}
-    for batch in micro_batches(rows_within(samples, micro_tokens), micro_tokens):
+    for batch in row_batches(samples, micro_tokens):
         logps, _ = token_logps(policy, collate(batch, pad_id, device))
         for sample, row in zip(batch, logps):
             found[sample] = row[: len(sample.response_ids)].clone()

@@ -14,7 +14,7 @@ from core import shared_prompts
 from core.encoding import Sample, collate, load_processor
 from core.policy import load_policy, token_logps
 from core.shared_prompts import row_length, rows_of, rows_within
-from core.training import micro_batches
+from core.training import row_batches
 
 BASE = Path(__file__).resolve().parent.parent / "toy" / "base"
 COUNTS = (9, 1, 20, 5)  # tokens of a prompt's responses
@@ -144,9 +144,9 @@ def test_a_row_of_several_samples_keeps_within_the_budget():
 def test_micro_batches_count_the_tokens_there_are_now():
     """Two rows of 3 + 4 + 4 tokens fit into 22; in rows of their own four samples would take 28."""
     samples = of_prompt([1, 2, 3], 4, 4) + of_prompt([4, 5, 6], 4, 4)
-    (batch,) = micro_batches(rows_within(samples, 22), 22)
+    (batch,) = row_batches(samples, 22)
     assert collate(batch, 0)["input_ids"].numel() == 22
-    assert [len(batch) for batch in micro_batches(rows_within(samples, 21), 21)] == [2, 2]
+    assert [len(batch) for batch in row_batches(samples, 21)] == [2, 2]
 
 
 def test_what_a_token_sees():

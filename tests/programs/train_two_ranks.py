@@ -16,8 +16,7 @@ import torch
 from core.encoding import collate, encode, load_processor
 from core.pairs import judging_turns, read_pairs
 from core.policy import gather_weights, load_policy, save_policy, token_logps
-from core.shared_prompts import rows_within
-from core.training import make_trainer, micro_batches, start_ranks, update
+from core.training import make_trainer, row_batches, start_ranks, update
 from toy import cpu
 
 STEPS, LR = 5, 1e-4
@@ -64,7 +63,7 @@ def train(folder, rank, device, zero, budget, recompute):
         loss, metrics = loss_function(batch)
         return loss * math.nan, metrics
 
-    batches = micro_batches(rows_within(local, budget), budget)
+    batches = row_batches(local, budget)
     steps = [update(trainer, batches, loss_function, LR) for _ in range(STEPS)]
     calls = len(layer_calls)
     weights = gather_weights(policy, rank=0)  # on both
