@@ -1,4 +1,4 @@
-"""
+r"""
 rl.py's step at the size of Qwen2.5-VL-3B or 7B: how fast is the update (tokens a second, MFU) by
 --micro_tokens, how fast the rollout, what do sync, sleep and wake take, how much memory at most,
 how many tokens a second and GPU in the whole step.
@@ -6,26 +6,24 @@ how many tokens a second and GPU in the whole step.
 NOT YET RUN ON A GPU. --shape tiny and small run the same on a CPU, without sleep and wake; there
 MFU is "-".
 
-Nothing is downloaded: the weights are random, the tokenizer is the toy world's with fillers up to
-the real vocabulary, prompts are noise pictures of --image_tokens and --words words for each of the
-two answers. Random weights hardly ever end a sample, so each has --new_tokens. The steps are
-rl.py's own functions.
+Model and pairs are bench/shapes.py's: random weights, pictures of noise of --image_tokens, answers
+of --words random words. Random weights hardly ever end a sample, so each has --new_tokens. The
+steps are rl.py's own functions.
 
 MFU counts what the mathematics needs: 6 operations a weight and token, attention over pairs of
 tokens (causal in the text), the LM head on response tokens only, the vision tower. What --recompute
-does twice counts once. --layers 4 is for a GPU that is too small: AdamW needs 16 bytes a weight in
-addition to the activations, so a whole 7B wants two GPUs of 80 GB or more.
+does twice counts once. --layers 4 is for a GPU that is too small: the trainer needs 18 bytes a
+weight in addition to the activations, so a whole 7B wants four GPUs of 80 GB.
 
 One GPU, and four:
-$ python bench/gpu.py --shape 3b --out out/bench/gpu.md
-$ torchrun --nproc_per_node=4 bench/gpu.py --shape 7b --recompute --out out/bench/gpu.md
+$ python bench/gpu.py --shape 7b --layers 4 --memory 0.25 --recompute --out out/bench/gpu.md
+$ torchrun --nproc_per_node=4 bench/gpu.py --shape 7b --zero 3 --memory 0.4 --recompute \
+    --out out/bench/gpu.md
 A CPU:
 $ python bench/gpu.py --shape tiny
 """
 
 import contextlib
-import json
-import random
 import resource
 import shutil
 import statistics
@@ -34,7 +32,6 @@ import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -44,39 +41,15 @@ import torch.distributed as dist
 import rl
 import toy.cpu
 from bench.output import made_by, print_and_save
+from bench.shapes import QWENS, TOYS, make_model, make_pairs, model_folder
 from core import runs, training
 from core.encoding import load_processor
 from core.flags import command_line
-from core.pairs import Pair, judging_turns
+from core.pairs import judging_turns
 from core.prompts import encode_prompts
 from core.seeds import seed_from
 from core.tables import markdown_table
-from toy import model as toy_model
-from toy import world
 
-
-@dataclass
-class Shape:
-    """Of Qwen2.5-VL's language model."""
-
-    width: int
-    mlp: int
-    layers: int
-    heads: int
-    key_value_heads: int
-    vocabulary: int
-    tied: bool  # the LM head is the embedding
-
-
-QWENS = {
-    "7b": Shape(3584, 18944, 28, 28, 4, 152064, False),
-    "3b": Shape(2048, 11008, 36, 16, 2, 151936, True),
-}
-TOYS = {  # of 77M and 0.8M weights
-    "small": {"hidden": 1024, "layers": 8},
-    "tiny": {"hidden": 128, "layers": 3},
-}
-TOKENS = 151_665  # Qwen's; the rest of the vocabulary is padding
 PEAKS = {  # dense bfloat16 TFLOP/s of a GPU
     "H100": 989,
     "H200": 989,
@@ -87,117 +60,6 @@ PEAKS = {  # dense bfloat16 TFLOP/s of a GPU
     "B200": 2250,
 }
 PHASES = ("rollout", "sleep", "old log-probabilities", "updates", "sync")  # of a step
-
-# --------------------------------------------------------------------------------------------------
-# A model and pairs
-
-
-def with_fillers(tokenizer, size):
-    """The toy's tokenizer with `size` tokens. Texts are cut as before: no merge has a filler."""
-    learned = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    vocab = {}
-    for token, number in learned["vocab"].items():
-        if token not in toy_model.SPECIAL:
-            vocab[token] = number
-    without_special = size - len(toy_model.SPECIAL)
-    for number in range(len(vocab), without_special):
-        vocab[f"<filler {number}>"] = number
-    return toy_model.qwen_tokenizer(vocab, learned["merges"])
-
-
-def config_and_tokenizer(name, layers=0):
-    """Of a shape. layers: of the language model; 0 = as it has."""
-    tokenizer = toy_model.make_tokenizer()
-    if name in QWENS:
-        tokenizer = with_fillers(tokenizer, TOKENS)
-        return qwen_config(QWENS[name], layers, tokenizer), tokenizer
-    size = dict(TOYS[name])
-    if layers:
-        size["layers"] = layers
-    return toy_model.make_config(tokenizer, **size), tokenizer
-
-
-def qwen_config(shape, layers, tokenizer):
-    from transformers import Qwen2_5_VLConfig
-
-    text_ids, model_ids = toy_model.special_token_ids(tokenizer)
-    text_config = {
-        "hidden_size": shape.width,
-        "intermediate_size": shape.mlp,
-        "num_hidden_layers": layers or shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.key_value_heads,
-        "vocab_size": shape.vocabulary,
-        "max_position_embeddings": 128000,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": shape.tied,
-        "rope_parameters": {
-            "rope_type": "default",
-            "mrope_section": [16, 24, 24],
-            "rope_theta": 1e6,
-        },
-        **text_ids,
-    }
-    vision_config = {
-        "depth": 32,
-        "hidden_size": 1280,
-        "intermediate_size": 3420,
-        "num_heads": 16,
-        "out_hidden_size": shape.width,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "window_size": 112,
-        "fullatt_block_indexes": [7, 15, 23, 31],
-    }
-    return Qwen2_5_VLConfig(
-        text_config=text_config,
-        vision_config=vision_config,
-        tie_word_embeddings=shape.tied,
-        **model_ids,
-    )
-
-
-def make_model(folder, args, device):
-    """Write the model's folder, as Qwen/Qwen2.5-VL-7B-Instruct is one."""
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
-    config, tokenizer = config_and_tokenizer(args.shape, args.layers)
-    with torch.device(device):  # billions of random numbers: minutes on a CPU
-        model = Qwen2_5_VLForConditionalGeneration(config)
-    model = model.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
-    toy_model.set_generation_config(model)
-    processor = toy_model.make_processor(tokenizer)
-    longest = max(640, args.image_tokens) * 28**2
-    for part in (processor.image_processor, processor.video_processor):
-        part.size = {"shortest_edge": 4 * 28**2, "longest_edge": longest}
-    toy_model.save(model, processor, folder)
-
-
-def make_pairs(folder, number, args, rank):
-    from PIL import Image
-
-    rng = random.Random(f"{args.seed} {rank}")
-    side = 28 * round(args.image_tokens**0.5)
-    words = [*world.COLOURS, *world.SHAPES, "the", "is", "picture", "nothing", "left", "right"]
-    pairs = []
-    for i in range(number):
-        path = Path(folder, f"{rank}-{i}.png")
-        noise = rng.randbytes(3 * side**2)
-        Image.frombytes("RGB", (side, side), noise).save(path, compress_level=0)
-        responses = [" ".join(rng.choices(words, k=args.words)) for _ in range(2)]
-        pair = Pair(
-            id=str(i),
-            source="",
-            question="What does the image show?",
-            images=[str(path)],
-            video=None,
-            responses=responses,
-            choice=1 + i % 2,
-        )
-        pairs.append(pair)
-    return pairs
-
 
 # --------------------------------------------------------------------------------------------------
 # Measures
@@ -239,13 +101,14 @@ class Measure:
     """with measure("name"): ... notes its seconds, and the most memory in use meanwhile."""
 
     def __init__(self, device):
+        self.device = device
         self.on_gpu = device.type == "cuda"
         self.seconds = defaultdict(list)
         self.memory = Counter()  # bytes
 
     def used(self):
         if self.on_gpu:  # by all processes: vLLM's allocations are not torch's
-            free, total = torch.cuda.mem_get_info()
+            free, total = torch.cuda.mem_get_info(self.device)
             return total - free
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * resource.getpagesize()
@@ -330,6 +193,8 @@ def measure_updates(run, samples, args, measure):
                 with measure(name):
                     rl.optimizer_step(run, samples, args.lr)
         except torch.OutOfMemoryError:
+            if run.world > 1:  # the other ranks would wait for this one
+                raise
             rows.append([f"{budget:,}", "-", "out of memory", "-", "-", "-"])
             break
         seconds = measure.median(name)
@@ -461,15 +326,15 @@ def main():
     if device.type == "cpu":
         toy.cpu.speed_up_process()
     work = shared_folder(args, rank)
-    model = work / f"{args.shape}-{args.layers}"
-    if rank == 0 and not model.exists():
-        make_model(model, args, device)
+    model = model_folder(work, args.shape, args.layers)
+    if rank == 0 and not (model / "config.json").exists():
+        make_model(model, args.shape, args.layers, args.image_tokens, device)
     dist.barrier()
     processor = load_processor(model)
-    run = rl.start_run(
-        flags_of_rl(model, budget_of_step(args), args), processor, rank, world_size, device
-    )
-    prompts = encode_prompts(make_pairs(work, args.samples, args, rank), judging_turns, processor)
+    flags = flags_of_rl(model, budget_of_step(args), args)
+    run = rl.start_run(flags, processor, rank, world_size, device)
+    pairs = make_pairs(work, args.samples, args.image_tokens, args.words, args.seed, rank)
+    prompts = encode_prompts(pairs, judging_turns, processor)
     measure = Measure(device)
     if device.type == "cuda":
         rl.sync(run)  # as rl.py does before its first rollout
@@ -477,8 +342,9 @@ def main():
     for step in range(args.repeats + 1):
         seeds = [seed_from(args.seed, rank, step, i) for i in range(args.samples)]
         samples = measure_step(run, prompts, seeds, measure)
-    measure_copies(run, measure, args.repeats)
     run.sampler.sleep()
+    if args.zero < 3:  # ZeRO-3 leaves no weights to copy
+        measure_copies(run, measure, args.repeats)
     for sample in samples:
         sample.old_logps = None
     by_budget = measure_updates(run, samples, args, measure)

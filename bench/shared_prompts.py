@@ -2,8 +2,8 @@
 A step of stage 5 at a size that computes, with --samples samples of each prompt: in one row of a
 batch, as rl.py and downstream_grpo.py have them, and in a row each.
 
-Random weights and noise pictures, see bench/gpu.py; the reward model is left out. Each of the two
-has processes of its own, for its memory, and they take turns.
+Random weights and noise pictures, see bench/shapes.py; the reward model is left out. Each of the
+two has processes of its own, for its memory, and they take turns.
 
 $ python bench/shared_prompts.py --out out/bench/shared_prompts.md
 """
@@ -23,7 +23,7 @@ import torch
 
 import rl
 import toy.cpu
-from bench import gpu
+from bench import gpu, shapes
 from bench.output import made_by, print_and_save, spread
 from core import training
 from core.encoding import collate, load_processor
@@ -47,7 +47,7 @@ def measure_steps(args):
     toy.cpu.speed_up_process()
     processor = load_processor(args.work)
     run = rl.start_run(gpu.flags_of_rl(args.work, args.budget, args), processor, 0, world, device)
-    pairs = gpu.make_pairs(args.work, args.prompts, args, rank=0)
+    pairs = shapes.make_pairs(args.work, args.prompts, args.image_tokens, args.words, args.seed)
     prompts = encode_prompts(pairs, judging_turns, processor)
     measure = gpu.Measure(device)
     for step in range(args.repeats + 1):
@@ -138,7 +138,7 @@ def peaks_of(*ways):
 def parser():
     p = command_line(__doc__)
     add = p.add_argument
-    add("--shape", choices=list(gpu.TOYS), default="small", help="of the model")
+    add("--shape", choices=list(shapes.TOYS), default="small", help="of the model")
     add("--layers", type=int, default=0, help="of the language model; 0 = as the shape has")
     add("--prompts", type=int, default=4, help="of a step")
     add("--samples", type=int, default=8, help="of each prompt")
@@ -163,7 +163,8 @@ def main():
         print(json.dumps(measure_steps(args)))
         return
     with tempfile.TemporaryDirectory() as args.work:
-        gpu.make_model(args.work, args, torch.device("cpu"))
+        device = torch.device("cpu")
+        shapes.make_model(args.work, args.shape, args.layers, args.image_tokens, device)
         print_and_save(report(args, take_turns(args)), args.out)
 
 

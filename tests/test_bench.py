@@ -13,10 +13,11 @@ import pytest
 from conftest import ROOT
 from test_layout import commands
 
+from bench import shapes
 from toy.benchmark_sets import held_out_pairs
 from toy.source_files import Source
 
-SHARED = {"output", "contenders"}  # no scripts
+SHARED = {"output", "contenders", "shapes"}  # no scripts
 SCRIPTS = sorted({path.stem for path in (ROOT / "bench").glob("*.py")} - SHARED)
 TRL = ROOT / "out" / "trl" / ".venv"  # where make bench has it
 SMALLEST = {
@@ -91,16 +92,15 @@ def test_the_large_shapes_have_as_many_weights_as_qwens(shape, weights):
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    config, _ = load("gpu").config_and_tokenizer(shape)
+    config, _ = shapes.config_and_tokenizer(shape)
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == weights
 
 
 def test_fillers_change_no_text():
-    gpu = load("gpu")
-    _, tokenizer = gpu.config_and_tokenizer("7b")
-    assert len(tokenizer) == gpu.TOKENS
+    _, tokenizer = shapes.config_and_tokenizer("7b")
+    assert len(tokenizer) == shapes.TOKENS
     assert tokenizer.decode(tokenizer("the image 12").input_ids) == "the image 12"
     assert len(tokenizer("1<|image_pad|>2<|im_end|>").input_ids) == 4
 

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 import rl
 import sft
-from bench import gpu as shapes
+from bench import shapes
 from core import memory_plan, runs
 from core.files import InputError
 from core.memory_plan import GB, Machine, plan_memory, why_not
