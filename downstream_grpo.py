@@ -48,8 +48,8 @@ $ torchrun --nproc_per_node=4 downstream_grpo.py --data 'V*=data/vstar_bench' \
 
 Reads  --model (see sft.py), --data (a file in sources/ for each kind of task), the reward model
        behind --judge_url.
-Writes --out: the model, log.jsonl (a row for each step), rollouts-*.jsonl (answers, scores),
-       curves.png, checkpoints/, images/.
+Writes --out: the model with its README.md, log.jsonl (a row for each step), rollouts-*.jsonl
+       (answers, scores), curves.png, checkpoints/, images/.
 """
 
 import argparse
@@ -544,7 +544,7 @@ def train(run, plan, reward_model):
         if saving.is_due(done):
             run.save(done, state)
 
-    runs.finish_run(out, run.policy, run.processor, log, PANELS, run.rank)
+    runs.finish_run(out, run.policy, run.processor, log, PANELS, run.rank, "policy", parser())
 
 
 def save_taken_step(run, log, done, row, state):

@@ -35,8 +35,8 @@ Only the comparison of vLLM and the trainer, before and after syncs:
 $ python rl.py --check
 
 Reads  --model (see sft.py), --data (pairs, see annotate.py).
-Writes --out: the model, log.jsonl (a row for each step), rollouts-*.jsonl (judgements with their
-       rewards), curves.png, checkpoints/.
+Writes --out: the model with its README.md, log.jsonl (a row for each step), rollouts-*.jsonl
+       (judgements with their rewards), curves.png, checkpoints/.
 """
 
 import argparse
@@ -64,7 +64,7 @@ from core import (
     training,
 )
 from core.memory_plan import check_memory
-from core.policy import load_policy, save_policy, token_logps, whole_weights
+from core.policy import load_policy, token_logps, whole_weights
 from core.sampler import HFSampler, VLLMSampler
 from core.seeds import seed_from
 from judge import ConsistencyJudge
@@ -460,11 +460,13 @@ def held_out_accuracy(run, held_out):
     return accuracy | {"eval_n": training.all_reduce(len(held_out))}
 
 
-def keep_best(run, accuracy, state):
+def keep_best(run, row, state):
     """--save_best: the model of the best greedy accuracy so far."""
-    if run.args.save_best and accuracy > state["best"]:
-        state["best"] = accuracy
-        save_policy(run.policy, run.processor, Path(run.args.out, "best"), run.rank)
+    if run.args.save_best and row.get("eval_greedy", -1.0) > state["best"]:
+        state["best"] = row["eval_greedy"]
+        out = Path(run.args.out)
+        best = out / "best"
+        runs.save_model(best, run.policy, run.processor, run.rank, out, "judge", parser())
 
 
 PANELS = {
@@ -582,13 +584,13 @@ def train(run, plan, judge):
         row = metrics.log_row(samples, rewards, parts, kept, updates, judge, clock.seconds) | gaps
         if plan.held_out and plan.is_due(done, args.eval_every):
             row |= held_out_accuracy(run, plan.my_held_out)
-            keep_best(run, row["eval_greedy"], state)
         metrics.write_rollouts(out / f"rollouts-{run.rank}.jsonl", done, samples, rewards, parts)
         log.row(done, **row)
+        keep_best(run, row, state)
         if saving.is_due(done):
             run.save(done, state)
 
-    runs.finish_run(out, run.policy, run.processor, log, PANELS, run.rank)
+    runs.finish_run(out, run.policy, run.processor, log, PANELS, run.rank, "judge", parser())
 
 
 if __name__ == "__main__":

@@ -25,8 +25,9 @@ A baseline of Table 5:
 $ torchrun --nproc_per_node=4 sft.py --head scalar --data out/annotate/sft.jsonl --out out/scalar
 
 Reads a JSONL file of pairs (see annotate.py) and a model's folder or name. Writes into --out: the
-model in the format of from_pretrained and vLLM, log.jsonl (one row a step), curves.png and
-checkpoints/. A run that was stopped is continued by the same command, from its last checkpoint.
+model in the format of from_pretrained and vLLM, with its README.md, log.jsonl (one row a step),
+curves.png and checkpoints/. A run that was stopped is continued by the same command, from its last
+checkpoint.
 """
 
 import json
@@ -406,6 +407,13 @@ def load_model(args, device):
     return policy, processor
 
 
+def begin_log(args, batches, held_out, world, device, done):
+    """Begin the run's log, or continue it after `done` steps."""
+    counts = {"pairs": len(set(chain(*batches))), "held_out": len(held_out)}
+    header = runs.run_header(args, world, device) | counts
+    return runs.Log(args.out, header, done, len(batches), args.tracker)
+
+
 def checked_flags():
     args = parser().parse_args()
     training.check_trainer_flags(args)
@@ -435,9 +443,8 @@ def main():
     )
 
     # 3. Continue where a killed run had got to
-    no_drops = dict.fromkeys(DROPPED, 0)
-    done, state = runs.resume(out, trainer, args, MUTABLE_FLAGS, dropped=no_drops)
-    log = runs.Log(out, runs.run_header(args, world, device), done, steps, args.tracker)
+    done, state = runs.resume(out, trainer, args, MUTABLE_FLAGS, dropped=dict.fromkeys(DROPPED, 0))
+    log = begin_log(args, batches, held_out, world, device, done)
     upcoming = load_examples(args, pairs, local_batches[done:], processor, policy.head_kind)
     saving = runs.SaveTimes(args, steps)
     start = time.time()
@@ -471,7 +478,7 @@ def main():
             runs.save_checkpoint(out / "checkpoints", trainer, step, state)
 
     # 7. Save the model
-    runs.finish_run(out, policy, processor, log, PANELS, rank)
+    runs.finish_run(out, policy, processor, log, PANELS, rank, "judge", parser())
     end(out, rank, f"pairs dropped: {dropped}")
 
 

@@ -187,6 +187,13 @@ def command_line(doc):
     )
 
 
+def defaults(parser):
+    """{name of a flag: its default}."""
+    found = {action.dest: parser.get_default(action.dest) for action in parser._actions}
+    del found["help"]
+    return found
+
+
 # ------------------------------------------------------------------------------------------------
 # Errors
 

@@ -338,11 +338,11 @@ def check_tensors(where, missing):
         )
 
 
-def save_policy(policy, processor, folder, rank=0):
+def save_policy(policy, processor, folder, rank=0, readme=None):
     """
     Write the folder that from_pretrained, vLLM and load_policy read. All ranks call it, rank 0
     writes; the model appears whole or not at all. Its generation_config.json names tokens and
-    leaves sampling as it is.
+    leaves sampling as it is. readme: the text of its README.md.
     """
     weights = gather_weights(policy.model, rank)
     head_weights = gather_weights(policy.head, rank) if policy.head is not None else {}
@@ -352,6 +352,8 @@ def save_policy(policy, processor, folder, rank=0):
             processor.save_pretrained(part)
             if policy.head is not None:
                 save_head(head_weights, policy.head_kind, part / "reward_head")
+            if readme:
+                (part / "README.md").write_text(readme, encoding="utf-8")
     if dist.is_initialized():
         dist.barrier()
 

@@ -30,7 +30,9 @@ from core.files import (
     lock,
     parse_json,
 )
+from core.flags import defaults
 from core.memory_plan import checkpoint_bytes, disk_needed, gb, refuse, why_no_disk
+from core.model_card import Card, files_of, is_ours
 from core.policy import save_policy
 from core.training import all_reduce, on_all_ranks
 
@@ -346,6 +348,7 @@ def run_header(args, world, device):
     libraries = ("torch", "transformers", "deepspeed", "vllm")
     return {
         "args": vars(args),
+        "files": files_of(args),
         "command": sys.argv,
         "versions": {name: installed_version(name) for name in libraries},
         "commit": git("rev-parse", "HEAD"),
@@ -474,11 +477,26 @@ def plot_curves(folder, panels):
     plt.close(figure)
 
 
-def finish_run(out, policy, processor, log, panels, rank):
+def save_model(folder, policy, processor, rank, out, kind, parser):
+    """
+    Write a model of the run in `out`, and its card; a README.md that is not ours stays.
+
+    kind: "judge" or "policy", see core/model_card.py. parser: the stage's.
+    """
+    readme, path = None, Path(folder, "README.md")
+    if rank == 0 and path.exists() and not is_ours(path):
+        print(f"{path} is not this run's and is kept, so the model has no card")
+    elif rank == 0:
+        kind = "reward head" if policy.head_kind else kind
+        readme = Card(kind, defaults(parser)).text(folder, out)
+    save_policy(policy, processor, folder, rank, readme)
+
+
+def finish_run(out, policy, processor, log, panels, rank, kind, parser):
     """End a run: draw its curves and, last of all, save the model."""
     log.close()
     if rank == 0:
         plot_curves(out, panels)
-    save_policy(policy, processor, out, rank)
+    save_model(out, policy, processor, rank, out, kind, parser)
     if rank == 0:
-        print(f"{out}: the model after {log.bar.total} steps, log.jsonl, curves.png")
+        print(f"{out}: the model after {log.bar.total} steps, its README.md, log.jsonl, curves.png")

@@ -26,6 +26,7 @@ from core import duels, exact_match
 from core.duels import Duel, finished_answer
 from core.encoding import MODEL_INPUTS, Sample, collate, encode, load_processor
 from core.files import InputError
+from core.model_card import KINDS
 from core.pairs import Pair, judging_turns
 from core.policy import load_policy, save_policy, token_logps
 from judge import JudgeDead
@@ -440,6 +441,8 @@ def test_a_run_killed_and_resumed_is_the_unbroken_one(tasks, serve, tmp_path):
     assert stages.steps_of(broken) == rows
     for name in ("rollouts-0.jsonl", "model.safetensors"):
         assert (broken / name).read_bytes() == (whole / name).read_bytes(), name
+    card = (broken / "README.md").read_text()
+    assert KINDS["policy"][0] in card and "| `eval_win` | 0.5 |" in card
     assert rows[0]["eval_win"] == 0.5
     assert rows[-1]["eval_n"] == 8
     for row in rows[1:]:

@@ -20,6 +20,7 @@ from conftest import ROOT, annotator, png, read_rows
 import rl
 from core import prompts, rl_flags
 from core.encoding import Sample, collate, encode, encode_prompt, load_processor
+from core.model_card import KINDS
 from core.neighbours import ALGORITHMS
 from core.pairs import Pair, judging_turns, swap, write_pairs
 from core.policy import load_policy, save_policy, token_logps
@@ -387,19 +388,24 @@ def test_one_rank_and_two_take_the_same_steps_at_any_budget(judge_folder, tmp_pa
 
 @pytest.mark.slow
 def test_a_run_killed_and_resumed_is_the_unbroken_one(judge_folder, tmp_path):
-    """Log, judgements and weights are the same bit for bit."""
+    """Log, judgements and weights are the same bit for bit. Each model has its card."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     words = ["--engine", "hf", "--steps", 6, "--save_every", 2, "--samples", 2]
+    words += ["--eval_data", judge_folder / "pairs.jsonl", "--eval_n", 2, "--save_best"]
     run(judge_folder, *words, out=whole)
     run(judge_folder, *words, out=broken, kill_after_step=3)
     assert "step-000002" in os.listdir(broken / "checkpoints")
     assert not (broken / "model.safetensors").exists()
     run(judge_folder, *words, out=broken)
-    assert len(stages.steps_of(whole)) == 6
+    assert [row["step"] for row in stages.steps_of(whole)] == list(range(7))
     assert stages.steps_of(broken) == stages.steps_of(whole)
     for name in ("rollouts-0.jsonl", "model.safetensors"):
         assert (broken / name).read_bytes() == (whole / name).read_bytes(), name
     assert (whole / "curves.png").stat().st_size > 10_000
+    for folder in (whole, broken, whole / "best"):
+        card = (folder / "README.md").read_text()
+        assert KINDS["judge"][0] in card and "| `--save_best` | `true`" in card
+        assert "| `eval_greedy` |" in card
 
 
 def close_after_one_answer(judge):

@@ -18,6 +18,7 @@ from conftest import make_toy_pairs
 import sft
 from core.encoding import Sample, collate, load_processor
 from core.files import InputError
+from core.model_card import KINDS
 from core.pairs import read_pairs, write_pairs
 from core.policy import load_policy
 
@@ -145,6 +146,9 @@ def test_a_run_that_is_killed_continues_bit_for_bit(toy_folder, tmp_path):
     model = (whole / "model.safetensors").read_bytes()
     assert model == (killed / "model.safetensors").read_bytes()
     assert not (whole / "checkpoints").exists() and (whole / "curves.png").exists()
+    card = (killed / "README.md").read_text()
+    assert f"# killed: {KINDS['judge'][0]}" in card
+    assert "40 pairs to train on, 2 held out." in card and "| `val_loss` |" in card
     before = (whole / "log.jsonl").read_bytes()
     run_sft(*words, out=whole)  # it is finished
     assert (whole / "log.jsonl").read_bytes() == before
@@ -169,6 +173,7 @@ def test_a_reward_head_learns_and_comes_back(toy_folder, tmp_path, head):
         assert last["val_accuracy"] == 1 and last["loss"] < 0.1
     policy = load_policy(tmp_path / "out", dtype=torch.float32).eval()
     assert policy.head_kind == head
+    assert KINDS["reward head"][0] in (tmp_path / "out" / "README.md").read_text()
     processor = load_processor(tmp_path / "out")
     examples = [sft.encode_pair(pair, processor, head, 4096) for pair in read_pairs(data, 4)]
     samples = list(chain(*(example.samples for example in examples)))
