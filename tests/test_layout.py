@@ -27,6 +27,7 @@ ROOMS = {
     "recipes": {"sources", "core", "stable_reinforce", *STAGES},  # nobody imports them
 }
 PROGRAMS = ROOT / "tests" / "programs"
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "results/README.md")
 MOST_NAMES = 18  # that a stage imports from one room
 
 
@@ -196,7 +197,7 @@ def documented_commands():
     for module, source in (PROJECT | TOY).items():
         text = ast.get_docstring(ast.parse(source)) or ""
         found += [(module, *command) for command in commands(text, "$ ")]
-    for document in ("README.md", "results/README.md"):
+    for document in DOCUMENTS:
         text = (ROOT / document).read_text()
         found += [(document, *command) for command in commands(shell_blocks(text), "")]
     return found
@@ -265,8 +266,16 @@ def test_the_diffs_in_the_readme_fit_the_files():
                 assert line[1:] in lines, f"README.md, {sentence}: {file} has no line {line[1:]!r}"
 
 
-def test_every_file_that_the_readme_links_to_is_there():
-    for document in ("README.md", "results/README.md"):
+def test_every_test_that_contributing_names_is_there():
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    names = re.findall(r"`(test_\w+)`", (ROOT / "CONTRIBUTING.md").read_text())
+    assert len(names) > 2
+    for name in names:
+        assert f"def {name}(" in tests, name
+
+
+def test_every_file_that_the_docs_link_to_is_there():
+    for document in DOCUMENTS:
         folder = (ROOT / document).parent
         for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", (ROOT / document).read_text()):
             if "://" not in link:
