@@ -25,6 +25,8 @@ SMALLEST = {
     "gpu": "--shape tiny --samples 2 --new_tokens 4 --image_tokens 4 --words 4 --budgets 256 512 "
     "--repeats 1",
     "evaluate": "--model BASE --data DATA --limit 3 --samples 2 --max_new_tokens 8 --seconds 1",
+    "shared_prompts": "--shape tiny --layers 1 --prompts 2 --samples 3 --new_tokens 4 "
+    "--image_tokens 4 --words 4 --repeats 1 --turns 1",
     "token_logps": "--vocabulary 512 --hidden 128 --tokens 32 --rows 2 --prompt 4 --repeats 1",
     "vision_tower": "--layers 4 --width 80 --pictures 1 --repeats 1",
     "annotate": "--pairs 20 --latency 0.05 --concurrency 4",
@@ -146,6 +148,15 @@ def test_gpu(done):
     rows = tables(done("gpu"), "A step at the shape tiny")
     assert {"rollout", "updates", "sync", "whole step"} <= {row[0] for row in rows}
     assert [row[4] for row in rows if row[0] in ("256", "512")] == ["-", "-"]  # MFU of a CPU
+
+
+@pytest.mark.slow
+def test_shared_prompts(done):
+    rows = {row[0]: row[1:] for row in tables(done("shared_prompts"), "One copy of a prompt")}
+    assert {"updates", "whole step", "memory, GB"} <= set(rows)
+    shared, apart, _ = rows["padded tokens"]
+    prompt = (int(apart) - 6 * 4) / 6  # of each of six samples; all prompts are as long
+    assert int(shared) == 2 * prompt + 6 * 4
 
 
 @pytest.mark.slow
