@@ -19,9 +19,10 @@ class Cell(NamedTuple):
 
     samples: int
     tokens: int  # of each sample
+    group: int = 2  # samples of a prompt
 
     def __str__(self):
-        return f"{self.samples} x {self.tokens}"
+        return f"{self.samples} x {self.tokens}, {self.group} a prompt"
 
 
 class NextCell(Exception):
@@ -71,8 +72,8 @@ def flags_of_rl(args, cell):
         "judge": "rule",
         "zero": 2,
         "check_every": 0,
-        "rollout_batch": cell.samples // 2,
-        "samples": 2,
+        "rollout_batch": cell.samples // cell.group,
+        "samples": cell.group,
         "train_batch": cell.samples,
         "max_new_tokens": cell.tokens,
         "context": args.context,
@@ -90,8 +91,10 @@ def flags_of_rl(args, cell):
 
 def rl_py(args, cell, talk):
     import rl
+    from bench.gpu import operations
     from core import runs, sampler
 
+    learn = talk.keep("learn", lambda: rl.learn)
     start_run = talk.keep("start_run", lambda: rl.start_run)
     forbidden_token_ids = talk.keep("forbidden_token_ids", lambda: sampler.forbidden_token_ids)
     log = talk.keep("Log", lambda: runs.Log)
@@ -107,6 +110,8 @@ def rl_py(args, cell, talk):
                 seconds=seconds,
                 samples=values["samples"],
                 tokens=values["length"] * values["samples"],
+                operations=talk.kept["operations"],
+                product=speed_of_product(),
                 copy=copy,
                 bytes=sum(weight.nbytes for weight in weights),
                 phases=phases,
@@ -117,15 +122,35 @@ def rl_py(args, cell, talk):
         run = talk.keep("run", lambda: start_run(args, *others))
         return dataclasses.replace(run, args=args)
 
+    def learn_and_count(run, mini_batches, *others):
+        config = run.policy.model.config
+        talk.kept["operations"] = sum(operations(config, samples) for samples in mini_batches)
+        return learn(run, mini_batches, *others)
+
     def forbid_the_end(processor, vocabulary):
         forbidden = forbidden_token_ids(processor, vocabulary)
         return [*forbidden, processor.tokenizer.eos_token_id]
 
     runs.Log = WaitingLog
     rl.start_run = start_run_once
+    rl.learn = learn_and_count
     sampler.forbidden_token_ids = forbid_the_end
     sys.argv = ["rl.py", *flags_of_rl(args, cell)]
     rl.main()
+
+
+def speed_of_product(side=2048):
+    """Operations a second of a matrix product, the best of five."""
+    import torch
+
+    from toy.cpu import product
+
+    matrix, seconds = torch.randn(side, side), []
+    for _ in range(5):
+        start = time.perf_counter()
+        product(matrix, matrix)
+        seconds.append(time.perf_counter() - start)
+    return 2 * side**3 / min(seconds)
 
 
 def time_to_copy(weights):
@@ -188,7 +213,7 @@ def bare_generate(sampler, batch, cell):
         ids = collapse_pads(prompt.prompt_ids, sampler.pads)
         requests.append({"prompt_token_ids": ids, **vllm_media(prompt.media)})
     sampling = SamplingParams(
-        n=2, temperature=1.0, max_tokens=cell.tokens, ignore_eos=True, detokenize=False
+        n=cell.group, temperature=1.0, max_tokens=cell.tokens, ignore_eos=True, detokenize=False
     )
     start = time.perf_counter()
     outputs = sampler.llm.generate(requests, sampling, use_tqdm=False)
@@ -207,14 +232,15 @@ def bare_learn(policy, samples, micro_tokens, pad_id):
     from torch.nn.functional import cross_entropy
 
     from core.encoding import MODEL_INPUTS, collate
-    from core.training import micro_batches
+    from core.shared_prompts import shared_inputs
+    from core.training import row_batches
 
     model = policy.model
-    singles = [[sample] for sample in samples]
-    batches = [collate(batch, pad_id) for batch in micro_batches(singles, micro_tokens)]
+    batches = [collate(batch, pad_id) for batch in row_batches(samples, micro_tokens)]
     start = time.perf_counter()
     for batch in batches:
         inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
+        inputs |= shared_inputs(model.base_model, batch, inputs)
         hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
         logits = model.lm_head(hidden[batch["predict_from"]])
         cross_entropy(logits, batch["response_ids"]).backward()
@@ -256,7 +282,7 @@ def trl(args, cell, talk):
         gradient_checkpointing=False,
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=cell.samples // rows,
-        num_generations=2,
+        num_generations=trl_group(cell),
         max_completion_length=cell.tokens,
         max_steps=1_000_000,
         generation_kwargs={"suppress_tokens": [*forbidden, processor.tokenizer.eos_token_id]},
@@ -282,6 +308,11 @@ def trl(args, cell, talk):
     trainer.train()
 
 
+def trl_group(cell):
+    """TRL compares the samples of a prompt: it needs two or more."""
+    return max(2, cell.group)
+
+
 def reward_of(text, right):
     from judge import rule
     from stable_reinforce import final_reward, format_reward, result_reward
@@ -294,6 +325,7 @@ def rows_for_trl(args, cell):
     import rl
     from core import prompts
 
+    cell = cell._replace(group=trl_group(cell))
     flags, pairs = rl.parser().parse_args(flags_of_rl(args, cell)), read_pairs(args.data)
     rows = []
     for step, place in itertools.product(range(10), range(flags.rollout_batch)):

@@ -48,6 +48,7 @@ from core.flags import command_line
 from core.pairs import judging_turns
 from core.prompts import encode_prompts
 from core.seeds import seed_from
+from core.shared_prompts import row_length, rows_of
 from core.tables import markdown_table
 
 PEAKS = {  # dense bfloat16 TFLOP/s of a GPU
@@ -73,12 +74,13 @@ def operations(config, samples):
     layer_weights = attention_weights + 3 * text.hidden_size * text.intermediate_size
     head_weights = text.hidden_size * text.vocab_size
     total = 0
-    for sample in samples:
-        n = sample.length
-        per_layer = layer_weights * n + text.hidden_size * n**2
+    for row in rows_of(samples):  # the prompt, once for all of its samples
+        prompt = len(row[0].prompt_ids)
+        attended = prompt**2 + sum(sample.length**2 - prompt**2 for sample in row)
+        per_layer = layer_weights * row_length(row) + text.hidden_size * attended
         total += 6 * text.num_hidden_layers * per_layer
-        total += 6 * head_weights * len(sample.response_ids)
-        for grid in sample.vision["image_grid_thw"]:
+        total += 6 * head_weights * sum(len(sample.response_ids) for sample in row)
+        for grid in row[0].vision["image_grid_thw"]:
             total += operations_of_tower(config.vision_config, patches=int(grid.prod()))
     return total
 

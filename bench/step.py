@@ -13,11 +13,15 @@ the same number of tokens, one update.
 
 Each contender lives in a process of its own, on one rank and --threads threads, in float32 on a
 CPU. They take turns round by round while the others sleep, so that whatever else the machine does
-slows them alike; a cell's first round is not counted. TRL needs 2 samples a prompt or more, so all
-have 2. Its micro-batch of --trl_rows sequences is about rl.py's --micro_tokens.
+slows them alike; a cell's first round is not counted. TRL needs 2 samples a prompt or more: where
+the others have 1, it has 2, and as many samples. Its micro-batch of --trl_rows sequences is about
+rl.py's --micro_tokens.
 
 $ python bench/step.py --setup_trl out/trl/.venv
 $ python bench/step.py --data out/toy/data/test/pairs.jsonl --out out/bench/step.md
+Random weights and noise pictures, at a size that computes:
+$ python bench/step.py --shape small --samples 16 --tokens 64 --groups 1 8 --scale --threads 2 \
+    --micro_tokens 4096 --trl_rows 8 --rounds 3 --out out/bench/step_small.md
 """
 
 import argparse
@@ -33,6 +37,9 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+
+from bench import shapes
 from bench.contenders import CONTENDERS, Cell, run_contender
 from bench.output import made_by, print_and_save, spread
 from core.flags import command_line
@@ -162,6 +169,18 @@ def speed_table(found):
     return markdown_table([*head, "TRL", "TRL / rl.py"], rows).strip()
 
 
+def product_table(found):
+    """What the mathematics of an update needs, against one large matrix product of this machine."""
+    rows = []
+    for cell, rounds in found.items():
+        speeds = [one["operations"] / one["phases"]["update"] / 1e9 for one in rounds["rl.py"]]
+        products = [one["product"] / 1e9 for one in rounds["rl.py"]]
+        shares = [100 * speed / product for speed, product in zip(speeds, products)]
+        rows.append([str(cell), spread(speeds), spread(products), spread(shares)])
+    head = ["samples x tokens", "update, GFLOP/s", "product, GFLOP/s", "percent"]
+    return markdown_table(head, rows).strip()
+
+
 def phase_table(found):
     rows = []
     for cell, rounds in found.items():
@@ -193,8 +212,6 @@ def sync_table(found):
 
 
 def describe(args, found):
-    import torch
-
     from core.runs import run_header
 
     header = run_header(args, 1, torch.device("cpu"))
@@ -226,6 +243,8 @@ def report(args, found):
         speed_table(found),
         "Phases, median seconds:",
         phase_table(found),
+        "rl.py's update against a product of two matrices of 2,048 x 2,048 by the same library:",
+        product_table(found),
         f"rl.py's time a sample of {tokens} tokens; it must not grow with their number:",
         scale_table(found, tokens),
         "A weight sync against a copy of the same bytes (goal: at most 3 times as long):",
@@ -242,6 +261,10 @@ def parser():
     add("--data", default="out/toy/data/test/pairs.jsonl", help=data_help)
     add("--samples", type=int, nargs="+", default=[32, 256], help="a rollout")
     add("--tokens", type=int, nargs="+", default=[32, 128], help="a sample, exactly")
+    add("--groups", type=int, nargs="+", default=[2], help="samples of a prompt")
+    shape_help = "random weights of this shape and noise pictures, in place of --model and --data"
+    add("--shape", choices=list(shapes.TOYS), help=shape_help)
+    add("--image_tokens", type=int, default=256, help="of a noise picture; a square number")
     scale_help = "more rollouts, for rl.py alone, at the first of --tokens"
     add("--scale", type=int, nargs="*", default=[1024], help=scale_help)
     rounds_help = "of each contender in each cell; four times as many up to 64 samples"
@@ -263,7 +286,7 @@ def parser():
 
 
 def compete(args):
-    """Every cell; returns {cell: {contender: [round, ...]}}."""
+    """Every cell; return {cell: {contender: [round, ...]}}."""
     ours = Contender("rl.py", args)
     rivals = [ours, Contender("floor", args)]
     trl_python = Path(args.trl, "bin", "python")
@@ -276,15 +299,24 @@ def compete(args):
             file=sys.stderr,
         )
     found = {}
-    for samples, tokens in itertools.product(args.samples, args.tokens):
-        cell = Cell(samples, tokens)
+    for samples, tokens, group in itertools.product(args.samples, args.tokens, args.groups):
+        cell = Cell(samples, tokens, group)
         found[cell] = take_turns(rivals, cell, args.rounds)
     for samples in args.scale:
-        cell = Cell(samples, args.tokens[0])
+        cell = Cell(samples, args.tokens[0], args.groups[0])
         found[cell] = take_turns([ours], cell, args.rounds)
     for rival in rivals:
         rival.close()
     return found
+
+
+def make_shape(args):
+    """A model with random weights takes the place of --model; return pairs with noise pictures."""
+    args.model = f"{args.work}/model"
+    device = torch.device("cpu")
+    shapes.make_model(args.model, args.shape, 0, args.image_tokens, device)
+    number = 4 * max(args.samples)
+    return shapes.make_pairs(args.work, number, args.image_tokens, 20, args.seed)
 
 
 def main():
@@ -295,7 +327,10 @@ def main():
         setup_trl(args.setup_trl)
         return
     with tempfile.TemporaryDirectory() as args.work:
-        pairs = [pair for pair in read_pairs(args.data) if len(pair.images) == 1 and not pair.video]
+        if args.shape:
+            pairs = make_shape(args)
+        else:
+            pairs = [p for p in read_pairs(args.data) if len(p.images) == 1 and not p.video]
         args.data = f"{args.work}/pairs.jsonl"
         write_pairs(args.data, pairs)
         found = compete(args)
