@@ -96,7 +96,7 @@ def encode_pair(pair, processor, head_kind, context):
         return Example(dropped=NO_CRITIQUES)
     dialogues = dialogues_of(pair, head_kind)
     samples = [encoding.encode(processor, turns, response) for turns, response in dialogues]
-    if training.longest(samples) > context:
+    if training.longest_row(samples) > context:
         return Example(dropped=TOO_LONG)
     return Example(samples)
 

@@ -120,7 +120,7 @@ def take_turns(rivals, cell, rounds):
             made = round(answer["samples"]), round(answer["tokens"])
             if made != (cell.samples, cell.samples * cell.tokens):
                 sys.exit(
-                    f"{rival.name}: expected {cell} tokens, got {made[1]} in {made[0]} samples"
+                    f"{rival.name}: expected {cell}, got {made[1]} tokens in {made[0]} samples"
                 )
             if number:
                 found[rival.name].append(answer)

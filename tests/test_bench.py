@@ -116,7 +116,8 @@ def test_a_round_of_another_size_stops_the_race(tmp_path):
         def ask(self, line):
             return {"samples": 4, "tokens": 15, "seconds": 1.0}
 
-    with pytest.raises(SystemExit, match="slacker: expected 4 x 4 tokens, got 15 in 4 samples"):
+    message = "slacker: expected 4 x 4, 2 a prompt, got 15 tokens in 4 samples"
+    with pytest.raises(SystemExit, match=message):
         step.take_turns([Rival()], step.Cell(4, 4), rounds=1)
 
 
@@ -162,8 +163,8 @@ def test_shared_prompts(done):
 @pytest.mark.slow
 def test_step(done):
     rows = tables(done("step"), "One RL step")
-    cells = [row for row in rows if row[0] == "4 x 4"]
-    assert [len(row) for row in cells] == [7, 3]  # speed, phases
+    cells = [row for row in rows if row[0] == "4 x 4, 2 a prompt"]
+    assert [len(row) for row in cells] == [7, 3, 4]  # speed, phases, against a product
     assert {"4", "8"} <= {row[0] for row in rows}  # a sample's time at both sizes
 
 
@@ -174,10 +175,11 @@ def test_step_against_trl(done):
         assert "TRL is left out" in process.stderr
         pytest.skip(f"TRL has no environment in {TRL}: python bench/step.py --setup_trl {TRL}")
     rows = tables((process, out), "One RL step")
-    (speed, _) = [row for row in rows if row[0] == "4 x 4"]
+    speed = next(row for row in rows if row[0] == "4 x 4, 2 a prompt")
     assert speed[6] != "-"
 
 
+@pytest.mark.slow
 def test_vision_tower(done):
     rows = tables(done("vision_tower"), "The vision tower")
     assert [row[0] for row in rows[2:]] == ["transformers", "ours", "ratio"]
