@@ -241,21 +241,21 @@ def top_level_names(source):
     return names
 
 
-def test_every_name_in_the_readme_is_there():
+def test_every_name_in_the_documents_is_there():
     """`rl.sync`, `core.voting.chances`: a module of the project and a name in it."""
-    text = (ROOT / "README.md").read_text()
+    text = "".join((ROOT / document).read_text() for document in DOCUMENTS)
     found = 0
     for dotted in re.findall(r"`((?:\w+\.)+\w+)[`(]", text):
         module, _, name = dotted.rpartition(".")
         if module in PROJECT and name not in ("py", "jsonl"):
-            assert name in top_level_names(PROJECT[module]), f"README.md names {dotted}"
+            assert name in top_level_names(PROJECT[module]), f"a document names {dotted}"
             found += 1
     assert found > 8
 
 
-def test_the_diffs_in_the_readme_fit_the_files():
+def test_the_diffs_in_contributing_fit_the_files():
     """A line without a + must be in the file that the sentence before the diff names."""
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "CONTRIBUTING.md").read_text()
     diffs = re.findall(r"([^\n]*`[\w/]+\.py`[^\n]*)\n\n```diff\n(.*?)```", text, re.DOTALL)
     assert len(diffs) == text.count("```diff")
     for sentence, diff in diffs:
@@ -263,7 +263,7 @@ def test_the_diffs_in_the_readme_fit_the_files():
         lines = (ROOT / file).read_text().splitlines()
         for line in diff.splitlines():
             if not line.startswith("+"):
-                assert line[1:] in lines, f"README.md, {sentence}: {file} has no line {line[1:]!r}"
+                assert line[1:] in lines, f"{sentence}: {file} has no line {line[1:]!r}"
 
 
 def test_every_test_that_contributing_names_is_there():
