@@ -261,7 +261,11 @@ def held_out_accuracy(run, tasks, reward_model, state, save):
     wins = wins_over(now, before, tasks, reward_model, save)
     changed = sum(a != b for a, b in zip(now, before))
     changed, won = training.all_reduce([changed, sum(wins)])
-    return figures | {"eval_win": won / max(1, n), "eval_changed": changed / max(1, n), "eval_n": n}
+    return figures | {
+        "eval_win": won / max(1, n),
+        "eval_changed": changed / max(1, n),
+        "eval_n": int(n),
+    }
 
 
 def wins_over(now, before, tasks, reward_model, save):
@@ -324,16 +328,20 @@ def write_rollouts(path, step, contests, found):
                 file.write(json.dumps(row) + "\n")
 
 
-PANELS = {
-    "exact match": ["exact", "eval_greedy", "eval_sampled"],
-    "win rate over the start": ["eval_win"],
-    "spread of the scores": ["spread"],
-    "share of prompts": ["flat"],
-    "right beats wrong": ["judge_right"],
-    "different answers to a prompt": ["distinct"],
-    "entropy": ["entropy"],
-    "length, tokens": ["length"],
-}
+VIEW = runs.View(
+    step=["reward", "exact", "judge_right", "length", "grad_norm"],
+    held_out=["eval_greedy", "eval_sampled", "eval_win", "eval_n"],
+    curves={
+        "exact match": ["exact", "eval_greedy", "eval_sampled"],
+        "win rate over the start": ["eval_win"],
+        "spread of the scores": ["spread"],
+        "share of prompts": ["flat"],
+        "right beats wrong": ["judge_right"],
+        "different answers to a prompt": ["distinct"],
+        "entropy": ["entropy"],
+        "length, tokens": ["length"],
+    },
+)
 
 # --------------------------------------------------------------------------------------------------
 
@@ -494,7 +502,7 @@ def main():
 
 def train(run, plan, reward_model):
     args, out = run.args, Path(run.args.out)
-    log, state, saving = rl.open_run(run, plan, "tasks", skipped=0)
+    log, state, saving = rl.open_run(run, plan, VIEW, "tasks", skipped=0)
     if plan.held_out and not plan.first_step:
         figures = held_out_accuracy(run, plan.my_held_out, reward_model, state, save=no_checkpoint)
         log.row(0, **figures)
@@ -544,7 +552,7 @@ def train(run, plan, reward_model):
         if saving.is_due(done):
             run.save(done, state)
 
-    runs.finish_run(out, run.policy, run.processor, log, PANELS, run.rank, "policy", parser())
+    runs.finish_run(out, run.policy, run.processor, log, run.rank, "policy", parser())
 
 
 def save_taken_step(run, log, done, row, state):

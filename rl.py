@@ -457,7 +457,7 @@ def held_out_accuracy(run, held_out):
             f"eval_{name}_says_1": [parse(sample.text).choice == 1 for sample in samples],
         }
         accuracy |= metrics.global_means(values)
-    return accuracy | {"eval_n": training.all_reduce(len(held_out))}
+    return accuracy | {"eval_n": int(training.all_reduce(len(held_out)))}
 
 
 def keep_best(run, row, state):
@@ -469,16 +469,20 @@ def keep_best(run, row, state):
         runs.save_model(best, run.policy, run.processor, run.rank, out, "judge", parser())
 
 
-PANELS = {
-    "rewards": ["result", "consistency", "format"],
-    "held-out accuracy": ["eval_greedy", "eval_sampled"],
-    "length, tokens": ["length", "length_max"],
-    "loss": ["loss"],
-    "entropy": ["entropy"],
-    "largest |log ratio| before pre-clip": ["log_ratio_max"],
-    "share of tokens": ["preclipped", "clipped_low", "clipped_high"],
-    "share of judgements": ["filtered", "truncated"],
-}
+VIEW = runs.View(
+    step=["reward", "result", "consistency", "length", "grad_norm"],
+    held_out=["eval_greedy", "eval_sampled", "eval_n"],
+    curves={
+        "rewards": ["result", "consistency", "format"],
+        "held-out accuracy": ["eval_greedy", "eval_sampled"],
+        "length, tokens": ["length", "length_max"],
+        "loss": ["loss"],
+        "entropy": ["entropy"],
+        "largest |log ratio| before pre-clip": ["log_ratio_max"],
+        "share of tokens": ["preclipped", "clipped_low", "clipped_high"],
+        "share of judgements": ["filtered", "truncated"],
+    },
+)
 
 
 def parser():
@@ -516,14 +520,14 @@ def main():
     train(run, plan, judge)
 
 
-def open_run(run, plan, what, **state):
+def open_run(run, plan, view, what, **state):
     """Continue the run in --out, or begin one: its log, this rank's state, when it saves."""
     args, out = run.args, Path(run.args.out)
     done, state = runs.resume(out, run.trainer, args, rl_flags.MUTABLE_FLAGS, **state)
     assert done == plan.first_step  # known before, since the workers begin there
     header = runs.run_header(args, run.world, run.device)
     header |= {what: len(plan.train), "held_out": len(plan.held_out)}
-    log = runs.Log(out, header, plan.first_step, plan.steps, args.tracker)
+    log = runs.Log(out, header, plan.first_step, plan.steps, view, args.tracker)
     # A run that is continued: vLLM still has the weights of --model. On a GPU in any case, where a
     # weight that cannot be loaded then shows before the first rollout.
     if plan.first_step or run.device.type == "cuda":
@@ -533,7 +537,7 @@ def open_run(run, plan, what, **state):
 
 def train(run, plan, judge):
     args, out = run.args, Path(run.args.out)
-    log, state, saving = open_run(run, plan, "pairs", best=-1.0, skipped=0)
+    log, state, saving = open_run(run, plan, VIEW, "pairs", best=-1.0, skipped=0)
     if plan.held_out and not plan.first_step:
         log.row(0, **held_out_accuracy(run, plan.my_held_out))
 
@@ -590,7 +594,7 @@ def train(run, plan, judge):
         if saving.is_due(done):
             run.save(done, state)
 
-    runs.finish_run(out, run.policy, run.processor, log, PANELS, run.rank, "judge", parser())
+    runs.finish_run(out, run.policy, run.processor, log, run.rank, "judge", parser())
 
 
 if __name__ == "__main__":

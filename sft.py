@@ -63,12 +63,16 @@ from stable_reinforce import parse
 from toy import cpu
 
 MUTABLE_FLAGS = training.MUTABLE_FLAGS | {"out", "eval_every", "max_new_tokens"}
-PANELS = {
-    "loss, nats a token": ["loss", "val_loss"],
-    "held-out pairs": ["val_format", "val_accuracy"],
-    "norm of the gradient": ["norm"],
-    "learning rate": ["lr"],
-}
+VIEW = runs.View(
+    step=["loss", "norm", "tokens"],
+    held_out=["val_loss", "val_format", "val_accuracy", "val_n"],
+    curves={
+        "loss, nats a token": ["loss", "val_loss"],
+        "held-out pairs": ["val_format", "val_accuracy"],
+        "norm of the gradient": ["norm"],
+        "learning rate": ["lr"],
+    },
+)
 
 # --------------------------------------------------------------------------------------------------
 # From pairs to examples
@@ -411,7 +415,7 @@ def begin_log(args, batches, held_out, world, device, done):
     """Begin the run's log, or continue it after `done` steps."""
     counts = {"pairs": len(set(chain(*batches))), "held_out": len(held_out)}
     header = runs.run_header(args, world, device) | counts
-    return runs.Log(args.out, header, done, len(batches), args.tracker)
+    return runs.Log(args.out, header, done, len(batches), VIEW, args.tracker)
 
 
 def checked_flags():
@@ -478,7 +482,7 @@ def main():
             runs.save_checkpoint(out / "checkpoints", trainer, step, state)
 
     # 7. Save the model
-    runs.finish_run(out, policy, processor, log, PANELS, rank, "judge", parser())
+    runs.finish_run(out, policy, processor, log, rank, "judge", parser())
     end(out, rank, f"pairs dropped: {dropped}")
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import importlib.metadata
 import json
-import math
 import os
 import pickle
 import random
@@ -12,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from core.alarms import alarms
+from core.curves import plot_curves
 from core.files import (
     InputError,
     atomic_write,
@@ -34,6 +35,8 @@ from core.flags import defaults
 from core.memory_plan import checkpoint_bytes, disk_needed, gb, refuse, why_no_disk
 from core.model_card import Card, files_of, is_ours
 from core.policy import save_policy
+from core.step_line import held_out_line, step_line
+from core.trackers import start_tracker
 from core.training import all_reduce, on_all_ranks
 
 # --------------------------------------------------------------------------------------------------
@@ -375,106 +378,93 @@ def git(*words):
     return done.stdout.strip()
 
 
-class Log:
-    """A row a step in folder/log.jsonl, a line a step on the screen. Only rank 0 writes."""
+@dataclass
+class View:
+    """Which keys of a log's rows are shown."""
 
-    def __init__(self, folder, first_row, step, steps, tracker="none"):
+    step: list[str]  # in the line of a step
+    held_out: list[str]  # in the line of held-out figures
+    curves: dict[str, list[str]]  # {title: its curves}, the panels of curves.png
+
+
+DRAW_EVERY = 60  # seconds at least from one curves.png to the next; to draw one takes about one
+
+
+class Log:
+    """
+    A row a step in folder/log.jsonl, a line a step on the screen, curves.png. Only rank 0 writes.
+    """
+
+    def __init__(self, folder, first_row, step, steps, view, tracker="none"):
         """Begin a log or, with `step` steps done, continue the one that is there."""
-        self.path = Path(folder, "log.jsonl")
+        self.folder, self.path = Path(folder), Path(folder, "log.jsonl")
+        self.steps, self.view = steps, view
         self.writes = dist.get_rank() == 0
         if not self.writes:
             return
-        from tqdm import tqdm
-
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         if step == 0:
             self.path.write_text("")
             self.write(first_row)
         else:
             drop_rows_after(self.path, step)
             self.write({"resumed": step} | first_row)
-        self.bar = tqdm(total=steps, initial=step, dynamic_ncols=True)
+        self.first_step = step
+        self.began = self.drawn = time.monotonic()
         self.rows = []  # of this start of the run
         self.raised = set()  # names of alarms
-        self.track = make_tracker(tracker, folder, step, first_row["args"])
+        self.tracker = start_tracker(tracker, self.folder, step, first_row["args"])
 
     def row(self, step, **values):
-        """Log a step, counted from 1. Numbers are printed short and written in full."""
+        """Log a step, counted from 1. It is written in full, and shown in short."""
         if not self.writes:
             return
         self.write({"step": step, **values})
-        numbers = {key: v for key, v in values.items() if isinstance(v, (int, float))}
-        self.bar.update(step - self.bar.n)
-        shown = "  ".join(f"{key} {number:.4g}" for key, number in numbers.items())
-        self.bar.write(f"step {step}  {shown}", file=sys.stdout)
-        sys.stdout.flush()
-        if self.track:
-            self.track(numbers, step)
+        self.show(step, values)
+        if self.tracker:
+            numbers = {key: v for key, v in values.items() if isinstance(v, (int, float))}
+            self.tracker.log(numbers, step=step)
         if "reward" in values:
             self.rows.append(values)
             self.raise_alarms()
+        if time.monotonic() - self.drawn >= DRAW_EVERY:
+            self.draw_curves()
+
+    def show(self, step, values):
+        if step == self.first_step:  # held-out figures before the first step
+            self.began = time.monotonic()
+        else:
+            line = step_line(step, self.steps, values, self.view.step, self.seconds_left(step))
+            print(line, flush=True)
+        if any(key in values for key in self.view.held_out):
+            print(held_out_line(step, self.steps, values, self.view.held_out), flush=True)
+
+    def seconds_left(self, step):
+        """By the mean of the steps of this start, with their held-out figures and checkpoints."""
+        mean = (time.monotonic() - self.began) / (step - self.first_step)
+        return mean * (self.steps - step)
 
     def raise_alarms(self):
         """Say what goes wrong, once until it is over."""
         found = alarms(self.rows)
         for name, message in found.items():
             if name not in self.raised:
-                self.bar.write(f"WARNING: {message}", file=sys.stdout)
+                print(f"WARNING: {message}", flush=True)
         self.raised = set(found)
 
     def write(self, row):
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
+    def draw_curves(self):
+        plot_curves(self.folder, self.view.curves)
+        self.drawn = time.monotonic()
+
     def close(self):
         if self.writes:
-            self.bar.close()
-
-
-def make_tracker(kind, folder, step, settings):
-    """Return a function of (numbers, step) that sends a row's numbers to a tracker, or None."""
-    if kind == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(folder, purge_step=step + 1)
-
-        def track(numbers, step):
-            for key, number in numbers.items():
-                writer.add_scalar(key, number, step)
-
-        return track
-    if kind == "wandb":
-        import wandb
-
-        return wandb.init(project="r1-reward", dir=folder, config=settings).log
-    return None
-
-
-def plot_curves(folder, panels):
-    """Draw log.jsonl as curves.png. `panels` is {title: the keys of its curves}."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if "step" in row]
-    across = min(4, len(panels))
-    down = math.ceil(len(panels) / 4)
-    size = (4 * across, 3.25 * down)
-    figure, axes = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
-    for axis, (title, keys) in zip(axes.flat, panels.items()):
-        for key in keys:
-            present = [row for row in rows if row.get(key) is not None]
-            if present:
-                steps = [row["step"] for row in present]
-                values = [row[key] for row in present]
-                axis.plot(steps, values, label=key, marker="." if len(steps) < 30 else None)
-        axis.set(title=title, xlabel="step")
-        if axis.lines:
-            axis.legend(frameon=False)
-    figure.savefig(Path(folder, "curves.png"), dpi=110)
-    plt.close(figure)
+            self.draw_curves()
+            if self.tracker:
+                self.tracker.finish()
 
 
 def save_model(folder, policy, processor, rank, out, kind, parser):
@@ -492,11 +482,9 @@ def save_model(folder, policy, processor, rank, out, kind, parser):
     save_policy(policy, processor, folder, rank, readme)
 
 
-def finish_run(out, policy, processor, log, panels, rank, kind, parser):
+def finish_run(out, policy, processor, log, rank, kind, parser):
     """End a run: draw its curves and, last of all, save the model."""
     log.close()
-    if rank == 0:
-        plot_curves(out, panels)
     save_model(out, policy, processor, rank, out, kind, parser)
     if rank == 0:
-        print(f"{out}: the model after {log.bar.total} steps, its README.md, log.jsonl, curves.png")
+        print(f"{out}: the model after {log.steps} steps, its README.md, log.jsonl, curves.png")

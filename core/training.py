@@ -19,6 +19,7 @@ from core.files import InputError
 from core.flags import number, random_seed, whole
 from core.policy import token_logps
 from core.shared_prompts import row_length, rows_of, rows_within
+from core.trackers import TRACKERS, check_tracker
 
 # --------------------------------------------------------------------------------------------------
 # Ranks
@@ -434,12 +435,13 @@ def trainer_flags(parser):
         help="minutes between checkpoints, which of a 7B model are 116 GB each; the newest one is "
         "kept; 0 = by --save_every alone, and with it at 0 none is written",
     )
-    trackers = ("none", "tensorboard", "wandb")
-    add("--tracker", default="none", choices=trackers, help="log there, too; it must be installed")
+    tracker_help = "log there, too; its package must be installed"
+    add("--tracker", default="none", choices=("none", *TRACKERS), help=tracker_help)
 
 
 def check_trainer_flags(args):
-    """Stop at bounds that leave no size for a picture."""
+    """Stop at bounds that leave no size for a picture, and at a tracker that is not there."""
+    check_tracker(args.tracker)
     if args.min_pixels and args.max_pixels and args.min_pixels > args.max_pixels:
         raise InputError(
             f"--min_pixels is {args.min_pixels}; expected at most --max_pixels, {args.max_pixels}"

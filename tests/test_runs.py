@@ -58,6 +58,9 @@ def save(folder, step, **state):
     )
 
 
+VIEW = runs.View(step=["loss"], held_out=["val_loss"], curves={"loss": ["loss", "val_loss"]})
+
+
 def write_rows(path, *rows, half=""):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + half)
 
@@ -99,24 +102,67 @@ def test_another_run_is_refused(tmp_path, monkeypatch):
 def test_the_log_continues_after_the_checkpoint(tmp_path):
     log, header = tmp_path / "log.jsonl", {"args": {}}
     write_rows(log, header, {"step": 1}, {"step": 2}, {"step": 3}, half='{"step": 4')
-    continued = runs.Log(tmp_path, header, step=2, steps=9)
-    continued.row(3, loss=0.25)
+    continued = runs.Log(tmp_path, header, step=2, steps=9, view=VIEW)
+    row = {"step": 3, "loss": 0.25, "seconds": 1.5}
+    continued.row(**row)
     continued.close()
     resumed = {"resumed": 2, "args": {}}
-    assert read_rows(log) == [header, {"step": 1}, {"step": 2}, resumed, {"step": 3, "loss": 0.25}]
-    runs.Log(tmp_path, header, step=0, steps=9).close()
+    assert read_rows(log) == [header, {"step": 1}, {"step": 2}, resumed, row]
+    runs.Log(tmp_path, header, step=0, steps=9, view=VIEW).close()
     assert read_rows(log) == [header]  # a run without a checkpoint begins again
 
 
 def test_an_alarm_is_said_once_until_it_is_over(tmp_path, capsys):
-    log = runs.Log(tmp_path, {"args": {}}, step=0, steps=9)
-    row = {"reward": 1.0, "grad_norm": 0.5, "judge_calls": 0, "judge_failed": 0}
+    log = runs.Log(tmp_path, {"args": {}}, step=0, steps=9, view=VIEW)
+    row = {"reward": 1.0, "grad_norm": 0.5, "judge_calls": 0, "judge_failed": 0, "seconds": 1.0}
     for step, skipped in enumerate((0, 1, 1, 0, 1), 1):
         log.row(step, **row, skipped=skipped)
     log.close()
     warnings = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
     assert len(warnings) == 2
     assert "because a gradient was not finite: 1." in warnings[0]
+
+
+class Clock:
+    """Stands in for the time module: a clock that the test sets."""
+
+    def __init__(self):
+        self.seconds = 1000.0
+
+    def monotonic(self):
+        return self.seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(runs, "time", clock)
+    return clock
+
+
+def test_a_step_and_its_held_out_figures_are_a_line_each(tmp_path, clock, capsys):
+    log = runs.Log(tmp_path, {"args": {}}, step=10, steps=12, view=VIEW)
+    clock.seconds += 100  # until the first step
+    log.row(10, val_loss=0.75)
+    clock.seconds += 8
+    log.row(11, loss=0.51234, val_loss=0.5, seconds=3.21, norm=7.0)
+    assert capsys.readouterr().out.splitlines() == [
+        "step 10/12  held out  loss 0.750",
+        "step 11/12  loss 0.512  3.21s  left 8s",
+        "step 11/12  held out  loss 0.500",
+    ]
+
+
+def test_the_curves_are_drawn_once_a_minute_and_at_the_end(tmp_path, clock, monkeypatch):
+    log = runs.Log(tmp_path, {"args": {}}, step=0, steps=9, view=VIEW)
+    drawn = []
+    monkeypatch.setattr(runs, "plot_curves", lambda folder, panels: drawn.append(clock.seconds))
+    for step in range(1, 6):
+        clock.seconds += 25
+        log.row(step, loss=0.5, seconds=25.0)
+    log.close()
+    assert drawn == [1075.0, 1125.0]
+    assert drawn[-1] == clock.seconds
 
 
 # --------------------------------------------------------------------------------------------------
@@ -197,7 +243,7 @@ def test_a_damaged_line_of_a_log_is_named(tmp_path):
     log = tmp_path / "log.jsonl"
     write_rows(log, {"args": {}}, half='{"step": 1\n{"step": 2}\n')
     with pytest.raises(InputError, match=r"log\.jsonl, line 2 is not JSON"):
-        runs.Log(tmp_path, {"args": {}}, step=2, steps=9)
+        runs.Log(tmp_path, {"args": {}}, step=2, steps=9, view=VIEW)
 
 
 # --------------------------------------------------------------------------------------------------
