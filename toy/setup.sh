@@ -81,16 +81,28 @@ write_requirements() {
     fi
 }
 
-install_requirements() {
+show_progress() { # in a terminal, on one line, until it is killed or this script ends
+    before=$(free_space)
+    while kill -0 $$ 2>/dev/null; do
+        printf 'setup: %d MB so far\r' $((before - $(free_space)))
+        sleep 1
+    done
+}
+
+install_requirements() { # quietly: uv would print a line for each of 250 packages
     certs=
     for bundle in /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt; do
         if [ -s $bundle ]; then certs=--system-certs; fi
     done
-    "$folder/bin/uv" pip install $certs --python "$folder/bin/python" \
+    if [ -t 1 ]; then show_progress & fi
+    "$folder/bin/uv" pip install --quiet $certs --python "$folder/bin/python" \
         -r "$folder/requirements.txt" --overrides "$folder/overrides.txt" || fail \
         "packages could not be installed; the message above says which." \
         "No network or another index: set UV_DEFAULT_INDEX. No disk: $(free_space) MB free here." \
         "What was fetched is kept: run the same command again."
+    if [ -t 1 ]; then
+        { kill $! && wait $!; } 2>/dev/null || echo
+    fi
 }
 
 check_torch() {
