@@ -11,6 +11,7 @@ import torch.distributed as dist
 from core.encoding import MODEL_INPUTS, PIXELS
 from core.files import InputError, in_short
 from core.model_folder import appears_whole, load_config
+from core.quiet import hush_bars
 from core.shared_prompts import shared_inputs, use_varlen_attention
 from core.vision_tower import speed_up_tower
 
@@ -308,6 +309,7 @@ def load_model(folder, dtype, attn):
     """transformers' model with all of its weights; it would fill missing ones with random ones."""
     from transformers import AutoModelForImageTextToText
 
+    hush_bars()
     # Each rank loads all of it on the CPU, and ZeRO-3 partitions it afterwards: transformers' own
     # loading under ZeRO-3 renames the keys of these models wrongly.
     load = AutoModelForImageTextToText.from_pretrained

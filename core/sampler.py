@@ -1,5 +1,6 @@
 """Samplers: vLLM inside the trainer's process, or transformers' generate as a slow second one."""
 
+import contextlib
 import os
 from dataclasses import dataclass, replace
 
@@ -7,6 +8,7 @@ import torch
 
 from core.encoding import MODEL_INPUTS, collate
 from core.files import InputError, in_short
+from core.quiet import no_warnings_from_torchs_core
 
 MAX_PICTURES = 8  # images in a prompt
 
@@ -232,7 +234,8 @@ def start_vllm(folder, context, **options):
     from vllm import LLM
 
     try:
-        return LLM(str(folder), max_model_len=context, **options)
+        with contextlib.nullcontext() if on_gpu else no_warnings_from_torchs_core():
+            return LLM(str(folder), max_model_len=context, use_tqdm_on_load=False, **options)
     except (ValueError, torch.OutOfMemoryError) as error:
         raise InputError(why_not_started(error, folder, context, options)) from error
 

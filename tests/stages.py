@@ -42,7 +42,7 @@ def run_rank(stage, words, environment, printed):
 
     os.chdir(ROOT)
     os.setsid()  # like a process of its own, it does not hear the Ctrl-C of who runs the tests
-    os.environ |= environment | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    os.environ |= environment | {"OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # so that data workers start fast
     file = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

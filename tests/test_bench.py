@@ -40,7 +40,7 @@ def done(tmp_path_factory):
     source = Source(folder, "test", "pairs", 0)
     held_out_pairs(source, 24)
     paths = {"DATA": source.folder / "pairs.jsonl", "TRL": TRL, "BASE": ROOT / "toy" / "base"}
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def run(name):
         out = folder / f"{name}.md"

@@ -28,8 +28,7 @@ from core.sampler import Generated
 from stable_reinforce import advantages, policy_loss
 
 BASE = ROOT / "toy" / "base"
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-ENVIRONMENT |= {"PYTHONPATH": str(ROOT)}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 CONSISTENT = "<think>Claims. Response 1 is better.</think><answer>1</answer>"
 INCONSISTENT = "<think>Claims. Response 2 is better.</think><answer>2</answer>"
 COLOURS = ["red", "green", "blue", "yellow"]

@@ -6,7 +6,6 @@ export CUDA_VISIBLE_DEVICES=
 OUT=out/toy               # the presets toy/*.args name it too
 export OMP_NUM_THREADS=1  # two processes on two cores: more threads only get in each other's way
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-export TRANSFORMERS_VERBOSITY=error VLLM_LOGGING_LEVEL=ERROR PYTHONWARNINGS=ignore
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 
 serve_stand_in() { # the annotator and the consistency judge: rules behind HTTP, no model
