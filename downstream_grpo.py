@@ -264,7 +264,7 @@ def held_out_accuracy(run, tasks, reward_model, state, save):
     return figures | {
         "eval_win": won / max(1, n),
         "eval_changed": changed / max(1, n),
-        "eval_n": int(n),
+        "eval_n": int(n) // run.args.tensor_parallel,
     }
 
 

@@ -457,7 +457,8 @@ def held_out_accuracy(run, held_out):
             f"eval_{name}_says_1": [parse(sample.text).choice == 1 for sample in samples],
         }
         accuracy |= metrics.global_means(values)
-    return accuracy | {"eval_n": int(training.all_reduce(len(held_out)))}
+    n = training.all_reduce(len(held_out)) / run.args.tensor_parallel
+    return accuracy | {"eval_n": int(n)}
 
 
 def keep_best(run, row, state):

@@ -28,6 +28,8 @@ def hush():
     # DeepSpeed and vLLM use names that torch will rename.
     renamed = r"`torch\.distributed\.\w+` is deprecated"
     warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
+    # --workers may be more than the processors: they also wait for the disk.
+    warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
     # On a CPU vLLM does without triton, and torch without CUDA.
     leave_out("vllm.triton_utils.importing", "doesn't include CPU backend")
     leave_out("torch.utils.cpp_extension", "No CUDA runtime is found")

@@ -13,7 +13,8 @@ import time
 from conftest import ROOT, children_of, read_rows, unused_port, wait_until_gone
 
 FORKSERVER = multiprocessing.get_context("forkserver")
-IMPORTED = ["torch", "transformers", "deepspeed", "vllm", "sft", "rl", "downstream_grpo"]
+IMPORTED = ["core", "torch", "transformers", "deepspeed", "vllm", "matplotlib.pyplot"]
+IMPORTED += ["sft", "rl", "downstream_grpo"]
 FORKSERVER.set_forkserver_preload(IMPORTED)
 # what differs from run to run; a run that is continued asks its judge again
 CHANGING = ("seconds", "tokens_per_s", "judge_calls")
@@ -73,7 +74,15 @@ def run(stage, *words, out, ranks=1, fails=False, kill_after_step=None):
         process.kill()
     text = printed.read_text(errors="replace")
     assert ended == ({1} if fails else {0}), f"{ended}: {text[-4000:]}"
+    noise = [] if fails else noise_in(text, out)
+    assert not noise, noise
     return text
+
+
+def noise_in(text, out):
+    """Lines that are not ours: in a run that is well, libraries have nothing to say."""
+    ours = ("step ", "WARNING: ", "note: ", f"{out}: ")
+    return [line for line in text.splitlines() if line and not line.startswith(ours)]
 
 
 def wait_for_step(step, out, process):

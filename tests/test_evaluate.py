@@ -760,6 +760,7 @@ def test_a_server_gives_the_table_of_the_same_model_in_process(judge_model, toy,
         timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert not done.stderr
     # a seeded request whose prompt is processed in chunks stops vLLM on a CPU
     at_once = ["--no-enable-chunked-prefill", "--max-num-batched-tokens", 8192]
     at_once += ["--max-model-len", 1024]

@@ -116,6 +116,7 @@ def results_of_program(folder, name, *words, ranks):
     """{name: value} of the lines "RESULT name: value" that a program prints."""
     done = torchrun(folder, ROOT / "tests" / "programs" / name, *words, ranks=ranks)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    assert not done.stderr  # all libraries are imported there, and vLLM starts
     found = {}
     for line in done.stdout.splitlines():
         if line.startswith("RESULT "):
