@@ -451,9 +451,9 @@ def main():
     log = begin_log(args, batches, held_out, world, device, done)
     upcoming = load_examples(args, pairs, local_batches[done:], processor, policy.head_kind)
     saving = runs.SaveTimes(args, steps)
-    start = time.time()
     if done == 0 and held_out:
         log.row(0, **validate(trainer, processor, held_out, args))
+    start = time.time()
 
     for step in range(done + 1, steps + 1):
         # 4. This rank's examples
