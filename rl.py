@@ -448,7 +448,7 @@ def held_out_accuracy(run, held_out):
     """Greedy and at temperature 1, over the held-out pairs of all ranks."""
     batch = prompts.encode_prompts(held_out, pairs.judging_turns, run.processor)
     seeds = [seed_from("eval", pair.id) for pair in held_out]
-    accuracy = {}
+    accuracy = {"eval_n": int(training.all_reduce(len(held_out))) // run.args.tensor_parallel}
     for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         samples = sample_responses(run, batch, seeds, 1, temperature)
         values = {
@@ -457,8 +457,7 @@ def held_out_accuracy(run, held_out):
             f"eval_{name}_says_1": [parse(sample.text).choice == 1 for sample in samples],
         }
         accuracy |= metrics.global_means(values)
-    n = training.all_reduce(len(held_out)) / run.args.tensor_parallel
-    return accuracy | {"eval_n": int(n)}
+    return accuracy
 
 
 def keep_best(run, row, state):
@@ -466,8 +465,7 @@ def keep_best(run, row, state):
     if run.args.save_best and row.get("eval_greedy", -1.0) > state["best"]:
         state["best"] = row["eval_greedy"]
         out = Path(run.args.out)
-        best = out / "best"
-        runs.save_model(best, run.policy, run.processor, run.rank, out, "judge", parser())
+        runs.save_model(out / "best", run.policy, run.processor, run.rank, out, "judge", parser())
 
 
 VIEW = runs.View(

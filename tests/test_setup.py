@@ -117,6 +117,55 @@ def test_another_python_than_vllm_has_is_refused(machine):
 
 
 # ------------------------------------------------------------------------------------------------
+# What it prints
+
+
+@pytest.fixture
+def made(tmp_path):
+    """made(uv) -> status and lines of toy/setup.sh in a terminal. Python is a stand-in, too."""
+    folder = tmp_path / "venv"
+    for name in ("lib", "bin"):
+        (folder / name).mkdir(parents=True)
+    install(folder / "bin", "python", "[ $1 != --version ] || echo Python 3.11.7")
+
+    def make(uv):
+        install(folder / "bin", "uv", uv)
+        terminal, its_end = os.openpty()
+        command = ["bash", ROOT / "toy" / "setup.sh", "cpu", folder]
+        environment = os.environ | {"PYTHON": str(folder / "bin" / "python")}
+        done = subprocess.run(command, env=environment, stdout=its_end, stderr=its_end, timeout=60)
+        os.close(its_end)
+        with open(terminal, "rb") as screen:
+            printed = screen.read1(10_000).decode()
+        return done.returncode, [line for line in re.split("[\r\n]+", printed) if line]
+
+    return make
+
+
+TALKATIVE_UV = """
+case "$*" in *--quiet*) ;; *) for n in 1 2 3; do echo "+ package$n"; done ;; esac
+sleep 0.3
+"""
+
+
+def test_the_packages_are_one_line_that_changes(made):
+    status, lines = made(TALKATIVE_UV)
+    assert status == 0
+    assert lines[0].startswith("setup: ") and "fetches several GB" in lines[0]
+    progress = lines[1:-1]
+    assert progress and all(re.fullmatch(r"setup: -?\d+ MB so far", line) for line in progress)
+    assert lines[-1] == "setup: done"
+
+
+def test_an_error_of_uv_is_shown_whole(made):
+    status, lines = made("echo 'error: no torch' >&2; echo '  cause: no network' >&2; exit 1")
+    assert status == 1
+    start = lines.index("error: no torch")
+    assert lines[start + 1] == "  cause: no network"
+    assert "setup: packages could not be installed; the message above says which." in lines
+
+
+# ------------------------------------------------------------------------------------------------
 # uv sync
 
 
@@ -160,49 +209,28 @@ def test_uv_finds_packages_for_both_machines_and_every_python(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------
-# What it prints
+# What would be installed on a GPU
 
 
-@pytest.fixture
-def made(tmp_path):
-    """made(uv): status and lines of toy/setup.sh in a terminal, with stand-ins for Python and uv."""
-    folder = tmp_path / "venv"
-    for name in ("lib", "bin"):
-        (folder / name).mkdir(parents=True)
-    install(folder / "bin", "python", "[ $1 != --version ] || echo Python 3.11.7")
-
-    def make(uv):
-        install(folder / "bin", "uv", uv)
-        terminal, its_end = os.openpty()
-        command = ["bash", ROOT / "toy" / "setup.sh", "cpu", folder]
-        environment = os.environ | {"PYTHON": str(folder / "bin" / "python")}
-        done = subprocess.run(command, env=environment, stdout=its_end, stderr=its_end, timeout=60)
-        os.close(its_end)
-        with open(terminal, "rb") as screen:
-            printed = screen.read1(10_000).decode()
-        return done.returncode, [line for line in re.split("[\r\n]+", printed) if line]
-
-    return make
-
-
-TALKATIVE_UV = """
-case "$*" in *--quiet*) ;; *) for n in 1 2 3; do echo "+ package$n"; done ;; esac
-sleep 0.3
-"""
-
-
-def test_the_packages_are_one_line_that_changes(made):
-    status, lines = made(TALKATIVE_UV)
-    assert status == 0
-    assert lines[0].startswith("setup: ") and "fetches several GB" in lines[0]
-    progress = lines[1:-1]
-    assert progress and all(re.fullmatch(r"setup: -?\d+ MB so far", line) for line in progress)
-    assert lines[-1] == "setup: done"
-
-
-def test_an_error_of_uv_is_shown_whole(made):
-    status, lines = made("echo 'error: no torch' >&2; echo '  cause: no network' >&2; exit 1")
-    assert status == 1
-    start = lines.index("error: no torch")
-    assert lines[start + 1] == "  cause: no network"
-    assert "setup: packages could not be installed; the message above says which." in lines
+@pytest.mark.slow
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13", "3.14"])
+def test_the_packages_of_a_gpu_fit_together(tmp_path, python):
+    """
+    cuda-python and cuda-bindings both write into the folder cuda/: those of two versions break each
+    other. This asks the package index, and is skipped where that cannot be reached.
+    """
+    found = tmp_path / "found.txt"
+    uv = [Path(sys.prefix, "bin", "uv"), "pip", "compile", "--quiet", "--system-certs"]
+    done = subprocess.run(
+        [*uv, ROOT / "requirements.txt", "--python-version", python, "--output-file", found],
+        cwd=tmp_path,
+        env=os.environ | {"UV_HTTP_TIMEOUT": "120"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    if "error sending request" in done.stderr:
+        pytest.skip("the package index cannot be reached")
+    assert done.returncode == 0, done.stderr
+    versions = dict(re.findall(r"^(cuda-\w+)==(\d+\.\d+)", found.read_text(), re.MULTILINE))
+    assert versions["cuda-python"] == versions["cuda-bindings"]
