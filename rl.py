@@ -587,7 +587,7 @@ def train(run, plan, judge):
         row = metrics.log_row(samples, rewards, parts, kept, updates, judge, clock.seconds) | gaps
         if plan.held_out and plan.is_due(done, args.eval_every):
             row |= held_out_accuracy(run, plan.my_held_out)
-        metrics.write_rollouts(out / f"rollouts-{run.rank}.jsonl", done, samples, rewards, parts)
+        metrics.write_rollouts(out, run.rank, done, samples, rewards, parts, kept)
         log.row(done, **row)
         keep_best(run, row, state)
         if saving.is_due(done):

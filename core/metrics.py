@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 import torch
 
@@ -110,8 +111,8 @@ def log_row(samples, rewards, parts, kept, updates, judge, seconds):
     return row
 
 
-def write_rollouts(path, step, samples, rewards, parts):
-    with path.open("a", encoding="utf-8") as file:
+def write_rollouts(out, rank, step, samples, rewards, parts, kept):
+    with Path(out, f"rollouts-{rank}.jsonl").open("a", encoding="utf-8") as file:
         for number, sample in enumerate(samples):
             row = {
                 "step": step,
@@ -120,6 +121,7 @@ def write_rollouts(path, step, samples, rewards, parts):
                 "text": sample.text,
                 "finish": sample.finish,
                 "reward": rewards[number].item(),
+                "kept": kept[number].item(),  # False: dropped by the filter
             }
             for name, values in parts.items():
                 row[name] = None if values[number].isnan() else values[number].item()

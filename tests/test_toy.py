@@ -247,6 +247,7 @@ def write_run(folder, greedy, text, consistency=0.5):
         for i in range(10):
             asked = i < 4  # the judge, about four of them
             row = {"step": number, "text": text, "choice": 2}
+            row |= {"result": float(i < 5), "kept": i != 5}
             rollouts.append(row | {"consistency": i % 2 if asked else None})
     write_rows(folder / "log.jsonl", log)
     write_rows(folder / "rollouts-0.jsonl", rollouts)
@@ -282,6 +283,8 @@ def test_runs_are_compared_in_a_table_and_curves(tmp_path):
         "hasty, first five steps to last five, %": ["0 to 0", "100 to 100"],
         "tokens pre-clipped, of all": ["8 of 800", "4 of 400"],
         "judgements filtered, of all": ["4 of 40", "2 of 20"],
+        "right judgements filtered, %": ["0.0 ± 0.0", "0.0"],
+        "wrong judgements filtered, %": ["20.0 ± 0.0", "20.0"],
     }
     assert {title: found[title] for title in expected} == expected
     assert found[f"consistent {judge}"][1] == f"{nobody} and 50"

@@ -2,7 +2,7 @@
 # The toy runs behind results/, on two cores: two at a time, one rank and one thread each. Run it
 # after make toy, whose annotations, cold start and reward model it uses. Stopped anywhere, the same
 # command continues from there. Everything is reported on the test split, which chose no setting.
-#   toy/ablations.sh              all of it, about two hours
+#   toy/ablations.sh              all of it, about four hours
 #   toy/ablations.sh seeds        three seeds, and the consistency weight (Table 7)
 #   toy/ablations.sh harsh        StableReinforce against no pre-clip and no filter where training
 #                                 breaks (Fig. 2), five seeds
@@ -11,11 +11,13 @@
 #   toy/ablations.sh judges       how good the consistency judge is, and its weight (Table 13),
 #                                 three seeds
 #   toy/ablations.sh heads        the three kinds of reward model (Table 5)
+#   toy/ablations.sh released     what the authors' released code does in place of ours: update, filter,
+#                                 pre-clip; twelve settings, three seeds, about two hours
 #   toy/ablations.sh downstream   a policy trained by the reward model and by a coin (Table 11),
 #                                 three seeds
 set -euo pipefail
 source "$(dirname "$0")/servers.sh"
-PARTS=${*:-seeds harsh saturated judges heads downstream}
+PARTS=${*:-seeds harsh saturated judges heads downstream released}
 ON_TEST="--eval_data $OUT/data/test/pairs.jsonl --eval_n 600 --check_every 0"
 
 two_at_a_time() { # reads lines: a file that exists when the run is done, python's arguments
@@ -87,6 +89,24 @@ judges() { # toy/base is the 7B judge, toy/weaker.py makes the 3B one
         "toy/base, 25 % flipped=$OUT/judges/noisy-" \
         "the same, weight 0.25=$OUT/judges/noisy_quarter-" "a coin=$OUT/judges/random-" \
         "none: weight 0=$OUT/seeds/weight0-" --out results/toy_judges
+}
+
+released() {
+    declare -A bounds=(
+        [paper]="--bounds paper" [released]="--bounds released" [none]="--sigma 0"
+    )
+    for seed in 0 1 2; do
+        for update in sighted blind; do
+            for filter in paper released none; do
+                for clip in 1e3 0; do
+                    folder=$OUT/released/$update-$filter-$clip-$seed
+                    echo "$folder/curves.png toy/released.py @toy/rl.args $ON_TEST" \
+                        "--update $update ${bounds[$filter]} --clip $clip --seed $seed --out $folder"
+                done
+            done
+        done
+    done | two_at_a_time
+    python toy/released_report.py --runs $OUT/released --out results/released_code
 }
 
 heads() {

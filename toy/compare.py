@@ -44,6 +44,7 @@ class Run:
     first_manners: Counter  # judgements of the first five steps by manner
     last_manners: Counter  # of the last five
     agreed: dict  # (is the reasoning consistent, the verdict): what the judge said, 1 or 0
+    kept: dict  # is the verdict right, 1 or 0: whether the filter kept each such judgement
 
     def largest(self, key):
         values = [row[key] for row in self.steps if row.get(key) is not None]
@@ -86,7 +87,7 @@ def read_run(folder):
             f"{len(held_out)}; run it to its end with --eval_data"
         )
     last = steps[-1]["step"]
-    run = Run(steps, held_out, Counter(), Counter(), defaultdict(list))
+    run = Run(steps, held_out, Counter(), Counter(), defaultdict(list), defaultdict(list))
     for path in folder.glob("rollouts-*.jsonl"):
         for row in json_lines(path):
             manner = world.manner_of(row["text"]) or "no verdict"
@@ -94,6 +95,7 @@ def read_run(folder):
                 run.first_manners[manner] += 1
             if row["step"] > last - 5:
                 run.last_manners[manner] += 1
+            run.kept[row["result"]].append(row["kept"])
             if row["consistency"] is not None:
                 consistent = manner != "inconsistent"
                 run.agreed[consistent, row["choice"]].append(row["consistency"])
@@ -148,6 +150,15 @@ def taken_for_consistent(runs, consistent, verdict):
     return spread(shares, digits=0)
 
 
+def dropped_by_filter(runs, result):
+    """In percent, of the judgements whose verdict is right (1) or not (0)."""
+    shares = []
+    for run in runs:
+        kept = run.kept.get(result)
+        shares.append(100 * (1 - statistics.fmean(kept)) if kept else None)
+    return spread(shares)
+
+
 def column(runs):
     """{title: cell} of a setting."""
     before, after = [run.held_out[0] for run in runs], [run.held_out[-1] for run in runs]
@@ -188,6 +199,8 @@ def stability(runs):
         "largest log ratio, either sign": f"{log_ratio:.1f}",
         "tokens pre-clipped, of all": f"{preclipped:.0f} of {tokens:.0f}",
         "judgements filtered, of all": f"{filtered:.0f} of {judgements:.0f}",
+        "right judgements filtered, %": dropped_by_filter(runs, 1),
+        "wrong judgements filtered, %": dropped_by_filter(runs, 0),
         "steps skipped: gradient not finite": str(sum(run.total("skipped") for run in runs)),
         "seconds a run": spread([run.total("seconds") for run in runs], digits=0),
     }
@@ -209,19 +222,24 @@ def figure(settings, path):
     canvas, axes = plt.subplots(2, 4, figsize=(16, 6.5), layout="constrained")
     for axis, (title, key) in zip(axes.flat, PANELS.items()):
         for name, runs in settings.items():
-            points = values_by_step(runs, key)
-            steps = sorted(points)
-            means = [statistics.fmean(points[step]) for step in steps]
-            lowest = [min(points[step]) for step in steps]
-            highest = [max(points[step]) for step in steps]
-            axis.plot(steps, means, label=name)
-            axis.fill_between(steps, lowest, highest, alpha=0.2)
+            draw(axis, runs, key, label=name)
         axis.set(title=title, xlabel="step")
         if "loss" in key:
             axis.set_yscale("symlog", linthresh=0.1)
     axes[0, 0].legend(frameon=False)
     canvas.savefig(path, dpi=80)
     plt.close(canvas)
+
+
+def draw(axis, runs, key, **style):
+    """A line, the mean of the runs, and a band from their lowest to their highest."""
+    points = values_by_step(runs, key)
+    steps = sorted(points)
+    means = [statistics.fmean(points[step]) for step in steps]
+    lowest = [min(points[step]) for step in steps]
+    highest = [max(points[step]) for step in steps]
+    (line,) = axis.plot(steps, means, **style)
+    axis.fill_between(steps, lowest, highest, alpha=0.2, color=line.get_color(), linewidth=0)
 
 
 def values_by_step(runs, key):
