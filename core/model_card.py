@@ -139,7 +139,10 @@ def read_front_matter(base):
             return {}
     if not Path(path).is_file():
         return {}
-    return metadata_load(path) or {}
+    try:
+        return metadata_load(path) or {}
+    except Exception:  # whatever a card of others makes of it: a run must not fail at its end
+        return {}
 
 
 def is_ours(path):

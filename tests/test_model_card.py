@@ -76,6 +76,8 @@ def test_the_commands_of_a_card_are_taken(tmp_path):
     [
         (None, {}),
         ("", {}),
+        ("---\nlicense: [\n---\n", {}),
+        ("---\n- no fields\n---\n", {}),
         ("---\nlicense: mit\nbase_model: someone/else\n---\n# Not ours\n", {"license": "mit"}),
     ],
 )
