@@ -222,6 +222,8 @@ def start_vllm(folder, context, **options):
     on_gpu = torch.cuda.is_available()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if on_gpu else "ERROR")
+    # standard output is for results
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     if not on_gpu:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
         options |= {

@@ -701,12 +701,13 @@ def test_vllm_judges_and_its_log_probabilities_are_transformers(judge_model, toy
     done = subprocess.run(
         [sys.executable, program, judge_model, tmp_path / "some.jsonl", tmp_path],
         cwd=ROOT,
-        env=ENV | {"PYTHONPATH": str(ROOT)},
+        env=ENV | {"PYTHONPATH": str(ROOT), "VLLM_LOGGING_LEVEL": "INFO"},
         capture_output=True,
         text=True,
         timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "INFO" in done.stderr and "INFO" not in done.stdout  # where only results belong
     counts = json.loads((tmp_path / "counts.json").read_text())
     assert counts["all"] == counts["again"] == 16 * 8 and counts["kept"] < 90
     # another batch may differ in the last bits
