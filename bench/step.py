@@ -111,8 +111,6 @@ def setup_trl(folder):
 def take_turns(rivals, cell, rounds):
     """{name: its rounds}, without the first one, which loads and warms up."""
     found = {rival.name: [] for rival in rivals}
-    if cell.samples <= 64:  # short rounds are noisier
-        rounds *= 4
     for number in range(rounds + 1):
         first = number % len(rivals)  # nobody is always the first
         for rival in rivals[first:] + rivals[:first]:
@@ -267,7 +265,7 @@ def parser():
     add("--image_tokens", type=int, default=256, help="of a noise picture; a square number")
     scale_help = "more rollouts, for rl.py alone, at the first of --tokens"
     add("--scale", type=int, nargs="*", default=[1024], help=scale_help)
-    rounds_help = "of each contender in each cell; four times as many up to 64 samples"
+    rounds_help = "of each contender in a cell; up to 64 samples of the toy's four times as many"
     add("--rounds", type=int, default=3, help=rounds_help)
     micro_help = "rl.py's and the floor's micro-batch, padded tokens"
     add("--micro_tokens", type=int, default=12288, help=micro_help)
@@ -301,10 +299,10 @@ def compete(args):
     found = {}
     for samples, tokens, group in itertools.product(args.samples, args.tokens, args.groups):
         cell = Cell(samples, tokens, group)
-        found[cell] = take_turns(rivals, cell, args.rounds)
+        found[cell] = take_turns(rivals, cell, rounds_of(cell, args))
     for samples in args.scale:
         cell = Cell(samples, args.tokens[0], args.groups[0])
-        found[cell] = take_turns([ours], cell, args.rounds)
+        found[cell] = take_turns([ours], cell, rounds_of(cell, args))
     for rival in rivals:
         rival.close()
     return found
@@ -317,6 +315,11 @@ def make_shape(args):
     shapes.make_model(args.model, args.shape, 0, args.image_tokens, device)
     number = 4 * max(args.samples)
     return shapes.make_pairs(args.work, number, args.image_tokens, 20, args.seed)
+
+
+def rounds_of(cell, args):
+    short = cell.samples <= 64 and not args.shape
+    return 4 * args.rounds if short else args.rounds  # short rounds are noisier
 
 
 def main():
