@@ -329,7 +329,8 @@ def write_rollouts(path, step, contests, found):
 
 
 VIEW = runs.View(
-    step=["reward", "exact", "judge_right", "length", "grad_norm"],
+    # not the reward: what duels give to a prompt's answers always has the same mean
+    step=["spread", "exact", "judge_right", "length", "grad_norm"],
     held_out=["eval_greedy", "eval_sampled", "eval_win", "eval_n"],
     curves={
         "exact match": ["exact", "eval_greedy", "eval_sampled"],

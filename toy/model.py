@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from core.flags import command_line
 from core.pairs import JUDGING_PROMPT
+from core.quiet import hush_bars
 from judge import CONSISTENCY_PROMPT
 from toy import world
 
@@ -210,6 +211,7 @@ def load(folder):
     """(model, processor)"""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    hush_bars()
     model = AutoModelForImageTextToText.from_pretrained(folder)
     return model, AutoProcessor.from_pretrained(folder)
 
