@@ -3,6 +3,7 @@
 # make test       every test
 # make test-fast  the tests that start no vLLM and train nothing in a process of its own
 # make try        a page in the browser to ask a judge: the toy's, or MODEL=folder or hub name
+# make gpu        the first run on 1 to 8 GPUs: is all of it right, how fast is it? 20 minutes or so
 # make torture    kills, faults and memory, tried in numbers: results/torture.md, more than an hour
 # make lint       the form of the code: ruff format and ruff check, see pyproject.toml
 # make bench      speed next to what one would use instead, into results/bench.md, about 13 minutes;
@@ -19,7 +20,7 @@ CPU_VENV := $(VENV)$(if $(GPU),-cpu)
 PY = $(CPU_VENV)/bin/python
 toy test test-fast torture bench: export CUDA_VISIBLE_DEVICES =
 
-.PHONY: setup setup-cpu test test-fast torture try lint toy bench
+.PHONY: setup setup-cpu test test-fast torture try lint toy bench gpu
 
 setup:
 	@toy/setup.sh $(if $(GPU),gpu,cpu) $(VENV)
@@ -40,6 +41,9 @@ test-fast: setup-cpu
 
 try: setup
 	@PYTHON=$(VENV)/bin/python viewer/try.sh
+
+gpu: setup
+	$(VENV)/bin/python bench/first_run.py
 
 torture: setup-cpu
 	OMP_NUM_THREADS=1 $(PY) tests/torture.py

@@ -4,6 +4,7 @@ downloaded: the tokenizer is the toy world's with fillers up to the real vocabul
 are noise.
 """
 
+import functools
 import json
 import random
 import sys
@@ -56,11 +57,18 @@ def with_fillers(tokenizer, size):
     return toy_model.qwen_tokenizer(vocab, learned["merges"])
 
 
+@functools.cache
+def tokenizer_of(is_qwen):
+    """The toy's, with as many tokens as Qwen's if that is asked for. It takes seconds to make."""
+    if is_qwen:
+        return with_fillers(tokenizer_of(False), TOKENS)
+    return toy_model.make_tokenizer()
+
+
 def config_and_tokenizer(name, layers=0):
     """Of a shape. layers: of the language model; 0 = as it has."""
-    tokenizer = toy_model.make_tokenizer()
+    tokenizer = tokenizer_of(name in QWENS)
     if name in QWENS:
-        tokenizer = with_fillers(tokenizer, TOKENS)
         return qwen_config(QWENS[name], layers, tokenizer), tokenizer
     size = dict(TOYS[name])
     if layers:

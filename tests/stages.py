@@ -5,6 +5,7 @@ Python needs ten seconds to import what they import. So they are forked from a p
 done so once and has started no thread.
 """
 
+import importlib
 import multiprocessing
 import os
 import sys
@@ -20,8 +21,11 @@ FORKSERVER.set_forkserver_preload(IMPORTED)
 CHANGING = ("seconds", "tokens_per_s", "judge_calls")
 
 
-def start(stage, *words, printed, ranks=1):
-    """Start a stage; return the processes of its ranks. They print into a file."""
+def start(stage, *words, printed, ranks=1, before=None):
+    """
+    Start a stage, or another script by the name of its module; return the processes of its ranks.
+    They print into a file. before: a function of a test that each calls first.
+    """
     words = [str(word) for word in words]
     environment = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1"}
     environment["MASTER_PORT"] = unused_port()
@@ -29,14 +33,14 @@ def start(stage, *words, printed, ranks=1):
     for rank in range(ranks):
         of_rank = environment | {"RANK": rank, "LOCAL_RANK": rank}
         settings = {name: str(value) for name, value in of_rank.items()} if ranks > 1 else {}
-        arguments = (stage, words, settings, str(printed))
+        arguments = (stage, words, settings, str(printed), before)
         process = FORKSERVER.Process(target=run_rank, args=arguments)
         process.start()
         processes.append(process)
     return processes
 
 
-def run_rank(stage, words, environment, printed):
+def run_rank(stage, words, environment, printed, before):
     import torch
 
     from core.flags import run_stage
@@ -50,8 +54,10 @@ def run_rank(stage, words, environment, printed):
     os.dup2(file, 1)
     os.dup2(file, 2)
     sys.argv = [f"{stage}.py", *words]
+    if before:
+        before()
     try:
-        run_stage(f"{stage}.py", sys.modules[stage].main)
+        run_stage(f"{stage}.py", importlib.import_module(stage).main)
     except SystemExit as end:
         print(end.code or "", flush=True)
         os._exit(1 if end.code else 0)

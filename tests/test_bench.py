@@ -13,11 +13,13 @@ import pytest
 from conftest import ROOT
 from test_layout import commands
 
-from bench import shapes
+from bench import shapes, verdicts
+from bench.findings import NO_GPU, OK
 from toy.benchmark_sets import held_out_pairs
 from toy.source_files import Source
 
-SHARED = {"output", "contenders", "shapes"}  # no scripts
+SHARED = {"output", "contenders", "shapes", "findings", "scale", "verdicts"}  # no scripts
+OF_FIRST_RUN = {"first_run", "make_models"}  # and check_*, which tests/test_first_run.py tries
 SCRIPTS = sorted({path.stem for path in (ROOT / "bench").glob("*.py")} - SHARED)
 TRL = ROOT / "out" / "trl" / ".venv"  # where make bench has it
 SMALLEST = {
@@ -77,7 +79,8 @@ def load(name):
 
 
 def test_all_scripts_are_tried():
-    assert sorted(SMALLEST) == SCRIPTS
+    others = [name for name in SCRIPTS if name.startswith("check_") or name in OF_FIRST_RUN]
+    assert sorted([*SMALLEST, *others]) == SCRIPTS
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -149,6 +152,9 @@ def test_gpu(done):
     rows = tables(done("gpu"), "A step at the shape tiny")
     assert {"rollout", "updates", "sync", "whole step"} <= {row[0] for row in rows}
     assert [row[4] for row in rows if row[0] in ("256", "512")] == ["-", "-"]  # MFU of a CPU
+    _, out = done("gpu")
+    update, step = verdicts.of_speed(out.read_text(), whole_7b=False)  # as make gpu reads it
+    assert (update.verdict, step.verdict) == (NO_GPU, OK)
 
 
 @pytest.mark.slow
