@@ -250,7 +250,7 @@ def run_stage(script_name, main, if_stopped="the same command continues from her
         if message is None:
             raise
     except RuntimeError as error:
-        if "Connection closed by peer" not in str(error):
+        if not re.search("Connection (closed|reset) by peer", str(error)):  # gloo's words
             raise
         message = "another rank has ended; what it printed says why"
     except KeyboardInterrupt:

@@ -177,7 +177,8 @@ def test_of_many_ranks_one_speaks(monkeypatch):
     assert ending(InputError("fix it")) == "rl.py: fix it"
     assert len(waited) == 1
     assert ending(KeyboardInterrupt()) == 1
-    lost = RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1234")
-    assert ending(lost) == "rl.py: another rank has ended; what it printed says why"
+    for how in ("closed", "reset"):
+        lost = RuntimeError(f"[gloo] Connection {how} by peer [127.0.0.1]:1234")
+        assert ending(lost) == "rl.py: another rank has ended; what it printed says why"
     with pytest.raises(RuntimeError):
         ending(RuntimeError("shapes do not fit"))
