@@ -124,12 +124,12 @@ def model_folder(work, shape, layers):
 
 def make_model(folder, shape, layers, image_tokens, device):
     """Write the model's folder, as Qwen/Qwen2.5-VL-7B-Instruct is one."""
-    from transformers import Qwen2_5_VLForConditionalGeneration
+    from transformers import AutoModelForImageTextToText
 
     config, tokenizer = config_and_tokenizer(shape, layers)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with torch.device(device):  # billions of random numbers: minutes on a CPU
-        model = Qwen2_5_VLForConditionalGeneration(config)
-    model = model.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     toy_model.set_generation_config(model)
     processor = toy_model.make_processor(tokenizer)
     longest = max(640, image_tokens) * 28**2
