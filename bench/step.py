@@ -329,6 +329,13 @@ def main():
     if args.setup_trl:
         setup_trl(args.setup_trl)
         return
+    cells = len(args.samples) * len(args.tokens) * len(args.groups) + len(args.scale)
+    if args.threads > 1 and cells > 1:
+        sys.exit(
+            "--threads above 1 needs a run for each cell: give one of --samples, --tokens and "
+            "--groups, and --scale without a number. The next cell's data workers would be forked "
+            "from a process with threads, and hang"
+        )
     with tempfile.TemporaryDirectory() as args.work:
         if args.shape:
             pairs = make_shape(args)
