@@ -20,7 +20,7 @@ rl.py's --micro_tokens.
 $ python bench/step.py --setup_trl out/trl/.venv
 $ python bench/step.py --data out/toy/data/test/pairs.jsonl --out out/bench/step.md
 Random weights and noise pictures, at a size that computes:
-$ python bench/step.py --shape small --samples 16 --tokens 64 --groups 1 8 --scale --threads 2 \
+$ python bench/step.py --shape small --samples 16 --tokens 64 --groups 8 --scale --threads 2 \
     --micro_tokens 4096 --trl_rows 8 --rounds 3 --out out/bench/step_small.md
 """
 
