@@ -18,8 +18,16 @@ import torch
 
 from bench import findings
 from bench.vision_tower import difference, make_pictures, make_tower, synchronize
+from core.encoding import Sample
 from core.flags import command_line
 from core.policy import LMHead
+from core.shared_prompts import (
+    STRETCHES,
+    attend_within_samples,
+    collate_shared,
+    dense_mask,
+    row_length,
+)
 from core.vision_tower import PatchProduct, attend_within_windows, speed_up_tower
 
 PATCH = (3, 2, 14, 14)  # channels, frames, height, width
@@ -113,18 +121,53 @@ def causal_attention(args, device):
     ours = functools.partial(
         torch.nn.functional.scaled_dot_product_attention, is_causal=True, enable_gqa=True
     )
-    reference = functools.partial(attention_in_full, causal=True)
+    later = torch.ones(args.tokens, args.tokens, dtype=torch.bool, device=device).triu(1)
+    reference = functools.partial(attention_in_full, unseen=later)
     return compare("causal attention (sdpa)", ours, reference, inputs)
 
 
-def attention_in_full(query, key, value, causal=False):
-    """(B, heads, T, D) tensors."""
+def shared_prompt_attention(args, device):
+    if device.type == "cpu":
+        text = "attention of samples that share a prompt: torch's varlen_attn has no CPU kernel"
+        return findings.Finding(findings.NO_GPU, text)
+    return compare("attention of samples that share a prompt", *shared_prompts(args, device))
+
+
+def shared_prompts(args, device):
+    """(ours, reference, inputs): a row of three samples, and one of two with padding behind."""
+    half, quarter = args.tokens // 2, args.tokens // 4
+    rows = [samples_of_prompt(half, 1, quarter, quarter), samples_of_prompt(quarter, half, 3)]
+    width = max(row_length(row) for row in rows)
+    batch = {name: tensor.to(device) for name, tensor in collate_shared(rows, width).items()}
+    unseen = dense_mask(batch["response_number"], torch.float32) != 0
+
+    def ours(query, key, value):
+        output, _ = attend_within_samples(
+            *(None, query, key, value, None),
+            scaling=128**-0.5,
+            shared_rows={name: batch[name] for name in STRETCHES},
+        )
+        return output
+
+    def reference(query, key, value):
+        return attention_in_full(query, key, value, unseen).transpose(1, 2)  # (B, T, heads, D)
+
+    inputs = [random_tensor(device, len(rows), heads, width, 128) for heads in (28, 4, 4)]
+    return ours, reference, inputs
+
+
+def samples_of_prompt(length, *response_lengths):
+    prompt = [0] * length
+    return [Sample(prompt, prompt, {}, response_ids=[0] * count) for count in response_lengths]
+
+
+def attention_in_full(query, key, value, unseen=None):
+    """(B, heads, T, D) tensors; unseen: True where a query does not see a key."""
     sharing = query.shape[1] // key.shape[1]
     key, value = (tensor.repeat_interleave(sharing, 1) for tensor in (key, value))
     scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
-    if causal:
-        later = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
-        scores = scores.masked_fill(later, float("-inf"))
+    if unseen is not None:
+        scores = scores.masked_fill(unseen, float("-inf"))
     return scores.softmax(-1) @ value
 
 
@@ -163,7 +206,14 @@ def log_probabilities(args, device):
     return compare("log-probabilities of tokens", ours, reference, [hidden, weight])
 
 
-KERNELS = (patch_embedding, window_attention, causal_attention, vision_tower, log_probabilities)
+KERNELS = (
+    patch_embedding,
+    window_attention,
+    causal_attention,
+    shared_prompt_attention,
+    vision_tower,
+    log_probabilities,
+)
 
 
 def parser():

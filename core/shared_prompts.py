@@ -42,6 +42,8 @@ def rows_within(samples, budget):
 # --------------------------------------------------------------------------------------------------
 # Batches
 
+STRETCHES = ("query_bounds", "key_bounds", "key_index")
+
 
 def collate_shared(rows, width):
     """
@@ -98,8 +100,7 @@ def shared_inputs(base_model, batch, inputs):
     positions, _ = base_model.get_rope_index(batch["input_ids"], **grids)  # (3, B, T)
     shared = {"position_ids": positions - batch["tokens_before"]}
     if base_model.language_model.config._attn_implementation == WITHIN_SAMPLES:
-        names = ("query_bounds", "key_bounds", "key_index")
-        shared["shared_rows"] = {name: batch[name] for name in names}
+        shared["shared_rows"] = {name: batch[name] for name in STRETCHES}
     else:
         shared["attention_mask"] = dense_mask(batch["response_number"], base_model.dtype)
     return shared

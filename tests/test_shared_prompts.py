@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_policy import OTHER_QWENS, gradients, make_policy, make_samples
 
+from bench import check_kernels, findings
 from core import shared_prompts
 from core.encoding import Sample, collate, load_processor
 from core.policy import load_policy, token_logps
@@ -107,6 +108,14 @@ def test_the_attention_of_a_gpu_gives_what_separate_rows_give(prompts, monkeypat
     batch_alone = alone(several)
     assert_same(found, results(usual, batch_alone))
     assert_same(results(ours, batch_alone), results(usual, batch_alone))
+
+
+def test_the_check_for_a_gpu_compares_the_same(monkeypatch):
+    """bench/check_kernels.py, which on a GPU calls torch's kernel."""
+    monkeypatch.setattr(shared_prompts, "varlen_attn", varlen_attn_in_a_loop)
+    args = check_kernels.parser().parse_args(["--tokens", "64"])
+    case = check_kernels.shared_prompts(args, torch.device("cpu"))
+    assert check_kernels.compare("attention", *case).verdict == findings.OK
 
 
 def test_a_head_reads_the_last_token_of_each_response(prompts):
