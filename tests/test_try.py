@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from urllib.parse import urlencode
 
 import pytest
@@ -113,10 +114,17 @@ def test_two_answers_are_judged_in_both_orders(tmp_path):
     assert result.startswith("Answer 2 is better; votes: 0 for answer 1, 4 for answer 2, 0 without")
     assert "both orders of the answers agree" in result
     assert len(requests) == 4
-    image, text = requests[0]["messages"][0]["content"]
-    assert image["image_url"]["url"] == picture
-    shown = {"question": "Which is it?", "answer1": "short", "answer2": "longer"}
-    assert text["text"] == JUDGING_PROMPT.format(**shown)
+    asked = Counter()  # the requests come in any order
+    for request in requests:
+        image, text = request["messages"][0]["content"]
+        assert image["image_url"]["url"] == picture
+        asked[text["text"]] += 1
+    orders = [("short", "longer"), ("longer", "short")]
+    expected = [
+        JUDGING_PROMPT.format(question="Which is it?", answer1=first, answer2=second)
+        for first, second in orders
+    ]
+    assert asked == dict.fromkeys(expected, 2)
     assert {name: requests[0][name] for name in PLAIN_SAMPLING} == PLAIN_SAMPLING
     assert (requests[0]["model"], requests[0]["temperature"]) == ("m", 1)
 
