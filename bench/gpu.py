@@ -144,11 +144,16 @@ class Measure:
 
 def measure_step(run, prompts, seeds, measure):
     """One step in rl.py's order, with two updates; returns its samples."""
-    args = run.args
     with measure("rollout"):
         samples = rl.sample_responses(run, prompts, seeds, 1, 1.0)
     with measure("sleep"):
         run.sampler.sleep()
+    measure_learning(run, samples, measure)
+    return samples
+
+
+def measure_learning(run, samples, measure):
+    """What rl.py does with its samples: old log-probabilities, two updates, the sync."""
     for number, sample in enumerate(samples):
         sample.advantages = torch.full((len(sample.response_ids),), number % 2 - 0.5)
     half = len(samples) // 2
@@ -157,10 +162,9 @@ def measure_step(run, prompts, seeds, measure):
         rl.set_old_logps(run, mini_batches)
     with measure("updates"):
         for mini_batch in mini_batches:
-            rl.optimizer_step(run, mini_batch, args.lr)
+            rl.optimizer_step(run, mini_batch, run.args.lr)
     with measure("sync"):
         rl.sync(run)
-    return samples
 
 
 def measure_wake(run, measure):

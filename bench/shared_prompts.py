@@ -69,17 +69,7 @@ def take_step(run, prompts, seeds, args, measure):
         samples = rl.sample_responses(run, prompts, seeds, args.samples, 1.0)
     if args.rows == "apart":
         samples = [replace(sample, prompt_ids=list(sample.prompt_ids)) for sample in samples]
-    for number, sample in enumerate(samples):
-        sample.advantages = torch.full((len(sample.response_ids),), number % 2 - 0.5)
-    half = len(samples) // 2
-    mini_batches = [samples[:half], samples[half:]]
-    with measure("old log-probabilities"):
-        rl.set_old_logps(run, mini_batches)
-    with measure("updates"):
-        for mini_batch in mini_batches:
-            rl.optimizer_step(run, mini_batch, args.lr)
-    with measure("sync"):
-        rl.sync(run)
+    gpu.measure_learning(run, samples, measure)
     return samples
 
 

@@ -253,13 +253,13 @@ def collate(samples, pad_id, device="cpu", left=False):
     from. No samples make a row of two padding tokens with nothing to predict.
     """
     rows = [[sample] for sample in samples] if left else rows_of(samples)
-    only_padding = [[Sample([pad_id, pad_id], [0, 0], vision={})]]
-    width = max(row_length(row) for row in rows or only_padding)
-    input_ids = torch.full((len(rows) or 1, width), pad_id)
+    filled_rows = rows or [[Sample([pad_id, pad_id], [0, 0], vision={})]]
+    width = max(row_length(row) for row in filled_rows)
+    input_ids = torch.full((len(filled_rows), width), pad_id)
     attention_mask = torch.zeros_like(input_ids)
     token_types = torch.zeros_like(input_ids)  # a response is text, type 0
     row_starts = []  # in the flattened (B * T)
-    for number, row in enumerate(rows or only_padding):
+    for number, row in enumerate(filled_rows):
         prompt, length = row[0], row_length(row)
         start = width - length if left else 0
         ids = [*prompt.prompt_ids, *chain(*(sample.response_ids for sample in row))]

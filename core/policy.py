@@ -136,7 +136,7 @@ class Policy(torch.nn.Module):
         base = model.base_model
         base.get_rope_index = functools.partial(continue_after_videos, base.get_rope_index)
         speed_up_tower(base.visual)
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and model.dtype != torch.float32:
             use_varlen_attention(base.language_model)
         if head_kind:
             width = model.config.get_text_config().hidden_size

@@ -52,7 +52,7 @@ def collate_shared(rows, width):
         response_number (B, T)   0 in the prompt, r in the r-th response and, behind the last one,
                                  in the padding
         tokens_before (B, T)     tokens of earlier responses, which a token does not see
-        query_bounds, key_bounds (S + 1,), key_index (K,)     see attend_within_samples
+        query_bounds, key_bounds, key_index     see attend_within_samples
     """
     if all(len(row) == 1 for row in rows):
         return {}
@@ -96,8 +96,7 @@ def shared_inputs(base_model, batch, inputs):
     """What the base model takes besides its usual inputs, for a batch with shared prompts."""
     if "response_number" not in batch:
         return {}
-    grids = {name: inputs[name] for name in inputs if name not in ("input_ids", "attention_mask")}
-    positions, _ = base_model.get_rope_index(batch["input_ids"], **grids)  # (3, B, T)
+    positions, _ = base_model.get_rope_index(**inputs)  # (3, B, T)
     shared = {"position_ids": positions - batch["tokens_before"]}
     if base_model.language_model.config._attn_implementation == WITHIN_SAMPLES:
         shared["shared_rows"] = {name: batch[name] for name in STRETCHES}

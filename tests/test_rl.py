@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT, annotator, png, read_rows
 
 import rl
-from core import prompts, rl_flags
+from core import metrics, prompts, rl_flags
 from core.encoding import Sample, collate, encode, encode_prompt, load_processor
 from core.model_card import KINDS
 from core.neighbours import ALGORITHMS
@@ -296,6 +296,15 @@ def test_advantages_beyond_sigma_are_dropped_and_sigma_0_keeps_all():
     assert samples[0].advantages[0] == advantages(rewards)[0][0]
     assert rl.set_advantages(samples, rewards, args_of("--sigma", 0)).all()
     assert samples[-1].advantages[0] < -6
+
+
+def test_the_rollouts_say_what_the_filter_kept(tmp_path):
+    samples = [judgement(CONSISTENT, 1), judgement(CONSISTENT, 2)]
+    rewards, kept = torch.tensor([2.0, 0.5]), torch.tensor([True, False])
+    metrics.write_rollouts(tmp_path, 1, 3, samples, rewards, rl.rule_rewards(samples), kept)
+    rows = read_rows(tmp_path / "rollouts-1.jsonl")
+    found = [(row["step"], row["reward"], row["result"], row["kept"]) for row in rows]
+    assert found == [(3, 2.0, 1.0, True), (3, 0.5, 0.0, False)]
 
 
 def test_a_k1_penalty_is_part_of_each_tokens_reward():
