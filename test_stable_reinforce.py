@@ -579,6 +579,26 @@ def slow_cispo(rows, eps_high=4.0):
     return fmean(losses)
 
 
+def slow_dual_clip(rows, eps=0.2):
+    losses = []
+    for row in rows:
+        for logp, old_logp in row.tokens():
+            loss = slow_token_loss(logp, old_logp, row.a, None, eps, None)
+            losses.append(min(loss, -3 * row.a) if row.a < 0 else loss)
+    return fmean(losses)
+
+
+def slow_cpgd(rows, eps=0.2):
+    losses = []
+    for row in rows:
+        for logp, old_logp in row.tokens():
+            log_ratio = logp - old_logp
+            clipped = max(log_ratio, math.log(1 - eps))
+            clipped = min(clipped, math.log(1 + eps))
+            losses.append(-min(log_ratio * row.a, clipped * row.a))
+    return fmean(losses)
+
+
 def slow_topr(rows):
     losses = []
     for row in rows:
@@ -601,6 +621,8 @@ SLOW = {  # name: (function, what it is given besides the algorithm's own option
     "rloo": (slow_rloo, {}),
     "dapo": (slow_policy_loss, {"eps_high": 0.28}),
     "cispo": (slow_cispo, {}),
+    "dual_clip": (slow_dual_clip, {}),
+    "cpgd": (slow_cpgd, {}),
     "topr": (slow_topr, {}),
 }
 OTHER_VALUES = {"clip": 2.0, "eps": 0.05, "eps_high": 0.1, "max_tokens": 50}

@@ -3,6 +3,7 @@ The algorithms that StableReinforce is compared with (section 2, appendix B). Ea
 only where its docstring says so. ALGORITHMS has all of them, StableReinforce too, by name.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from stable_reinforce import (
     advantages,
     average,
     check_finite,
+    largest,
     per_token,
     policy_loss,
     ratio_statistics,
@@ -231,6 +233,48 @@ def cispo_loss(logps, old_logps, advantage, mask, eps=None, eps_high=4.0, denomi
     return -average(objective, mask, "tokens", denominator), statistics
 
 
+def dual_clip_loss(logps, old_logps, advantage, mask, eps=0.2, c=3.0, denominator=None):
+    """
+    PPO with a dual clip (arXiv:1912.09729; verl's default, c = 3): no pre-clip, but where A < 0 a
+    token's loss is at most c |A|, and beyond that it has no gradient. The bound holds ratios above
+    c, where the pre-clip holds those above 1000. As in verl, exp takes at most 20.
+
+    >>> logps, old = torch.tensor([[-.1]]), torch.tensor([[-10.]])
+    >>> dual_clip_loss(logps, old, torch.tensor([-1.]), torch.ones(1, 1))[0].item()
+    3.0
+    """
+    log_ratio, A, mask = per_token(logps, old_logps, advantage, mask)
+    low, high = 1 - eps, 1 + eps
+    ratio = log_ratio.clamp(-20.0, 20.0).exp()
+    objective = torch.min(ratio * A, ratio.clamp(low, high) * A)
+    objective = torch.where(A < 0, objective.clamp_min(c * A), objective)
+    clipped_low = (ratio < low) & (A < 0)
+    clipped_high = (ratio > high) & (A > 0)
+    statistics = ratio_statistics(log_ratio, ratio.detach(), mask, None, clipped_low, clipped_high)
+    statistics["token_loss_max"] = largest(-objective.detach(), mask)
+    return -average(objective, mask, "tokens", denominator), statistics
+
+
+def cpgd_loss(logps, old_logps, advantage, mask, eps=0.2, denominator=None):
+    """
+    CPGD (arXiv:2505.12504): PPO's clipped objective of log rho in the place of rho, so a token's
+    gradient is A or 0, however far it has moved. Its policy drift, a KL penalty, is not here.
+
+    >>> logps, old = torch.tensor([[-.1]]), torch.tensor([[-10.]])
+    >>> round(cpgd_loss(logps, old, torch.tensor([-1.]), torch.ones(1, 1))[0].item(), 1)
+    9.9
+    """
+    log_ratio, A, mask = per_token(logps, old_logps, advantage, mask)
+    low, high = math.log(1 - eps), math.log(1 + eps)
+    objective = torch.min(log_ratio * A, log_ratio.clamp(low, high) * A)
+    clipped_low = (log_ratio < low) & (A < 0)
+    clipped_high = (log_ratio > high) & (A > 0)
+    ratio = log_ratio.detach().exp()
+    statistics = ratio_statistics(log_ratio, ratio, mask, None, clipped_low, clipped_high)
+    statistics["token_loss_max"] = largest(-objective.detach(), mask)
+    return -average(objective, mask, "tokens", denominator), statistics
+
+
 def topr_loss(logps, old_logps, advantage, mask, denominator=None):
     """
     TOPR (arXiv:2503.14286): one weight for a whole judgement, 1 if A >= 0, else min(pi / pi_old, 1)
@@ -335,5 +379,9 @@ ALGORITHMS = {
     "rloo": Algorithm(rloo_advantages, rloo_loss, "sums"),
     "dapo": Algorithm(grpo_advantages, dapo_loss, "tokens", ("eps", "eps_high")),
     "cispo": Algorithm(grpo_advantages, cispo_loss, "tokens", ("eps_high",)),
+    "dual_clip": Algorithm(
+        standardised_over_batch, dual_clip_loss, "tokens", ("eps",), token_rewards=True
+    ),
+    "cpgd": Algorithm(standardised_over_batch, cpgd_loss, "tokens", ("eps",), token_rewards=True),
     "topr": Algorithm(centred_over_batch, topr_loss, "sums"),
 }

@@ -173,9 +173,37 @@ def test_cispo_may_have_a_lower_bound():
     assert_close(loss, -(weight * advantage[:, None] * logps * mask).sum() / mask.sum())
 
 
-@pytest.mark.parametrize("loss_function", [neighbours.topr_loss, neighbours.cispo_loss])
+def test_a_dual_clip_bounds_the_loss_of_a_token_that_is_pushed_down():
+    """At a ratio of 4 the loss is 3 |A| without a gradient; at 2, and where A > 0, it is PPO's."""
+    logps = float64([[4.0], [2.0], [4.0]]).log()
+    batch = (logps, torch.zeros(3, 1), float64([-2, -2, 2]), torch.ones(3, 1))
+    loss, gradient = loss_and_gradient(neighbours.dual_clip_loss, *batch)
+    assert loss == pytest.approx((3 * 2 + 2 * 2 - 1.2 * 2) / 3)
+    assert_close(gradient, float64([[0], [2 * 2 / 3], [0]]))
+
+
+def test_the_gradient_of_cpgd_is_the_advantage_or_nothing():
+    """However far a token has moved; nothing where PPO's clip has nothing."""
+    logps = float64([[4.0], [0.25], [4.0], [0.25], [1.1]]).log()
+    advantage = float64([-1, -1, 1, 1, 1])
+    batch = (logps, torch.zeros(5, 1), advantage, torch.ones(5, 1))
+    _, gradient = loss_and_gradient(neighbours.cpgd_loss, *batch)
+    assert_close(gradient, float64([[1], [0], [0], [-1], [-1]]) / 5)
+    _, statistics = neighbours.cpgd_loss(*batch)
+    assert statistics["clipped_low"] == statistics["clipped_high"] == pytest.approx(1 / 5)
+
+
+NEVER_OVERFLOW = (
+    neighbours.topr_loss,
+    neighbours.cispo_loss,
+    neighbours.dual_clip_loss,
+    neighbours.cpgd_loss,
+)
+
+
+@pytest.mark.parametrize("loss_function", NEVER_OVERFLOW)
 @pytest.mark.parametrize("log_ratio", [1e4, -1e4])
-def test_weights_of_topr_and_cispo_never_overflow(loss_function, log_ratio):
+def test_bounded_losses_never_overflow(loss_function, log_ratio):
     logps = torch.full((2, 3), min(log_ratio, 0.0))
     old_logps = torch.full((2, 3), min(-log_ratio, 0.0))
     batch = (logps, old_logps, torch.tensor([1.0, -1.0]), torch.ones(2, 3))
@@ -202,8 +230,11 @@ BY_HAND = {
     "rloo": [1.5, 0, -1.5, 0.5, 0.5, -1],
     "dapo": GROUP_Z_SCORES,
     "cispo": GROUP_Z_SCORES,
+    "dual_clip": Z_SCORES,
+    "cpgd": Z_SCORES,
     "topr": CENTRED,
 }
+OVER_THE_BATCH = ("stable_reinforce", "reinforce++", "ppo", "dual_clip", "cpgd", "topr")
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -219,8 +250,9 @@ def test_the_advantages_of_each_algorithm_by_hand(name):
     advantage, kept = ALGORITHMS[name].advantages(rewards, groups, reduce)
     assert_close(advantage, float64(BY_HAND[name]), atol=1e-5, rtol=0)
     assert kept.all()
-    of_the_batch = name in ("stable_reinforce", "reinforce++", "ppo", "topr")
-    assert len(sums_over_ranks) == (2 if of_the_batch else 0)  # a prompt stays on one rank
+    assert len(sums_over_ranks) == (
+        2 if name in OVER_THE_BATCH else 0
+    )  # a prompt stays on one rank
 
 
 def test_only_stable_reinforce_filters():

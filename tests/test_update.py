@@ -168,6 +168,10 @@ def mean_and_std(values):
     return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
 
 
+OVER_THE_BATCH = ("stable_reinforce", "reinforce++", "ppo", "dual_clip", "cpgd", "topr")
+OVER_TOKENS = ("stable_reinforce", "reinforce++", "ppo", "dual_clip", "cpgd", "dapo", "cispo")
+
+
 class Formulas:
     """Each algorithm as its paper has it, a loop for each sum."""
 
@@ -183,7 +187,7 @@ class Formulas:
     def advantages(self):
         """{(place, position): A} and the kept flags."""
         rewards, totals = self.rewards()
-        if self.args.algo in ("stable_reinforce", "reinforce++", "ppo", "topr"):
+        if self.args.algo in OVER_THE_BATCH:
             return self.batch_advantages(rewards, totals)
         found = {}
         for p, response in enumerate(RESPONSES):
@@ -212,7 +216,7 @@ class Formulas:
         found, kept = {}, [True] * len(RESPONSES)
         for (p, i), reward in rewards.items():
             a = (reward if per_token else totals[p]) - mean
-            if algo in ("stable_reinforce", "reinforce++"):
+            if algo not in ("ppo", "topr"):
                 a /= std
             if algo == "stable_reinforce" and sigma and abs(a) > sigma:
                 a, kept[p] = 0.0, False
@@ -243,12 +247,7 @@ class Formulas:
             new, old, a = self.table[token], self.old[place][i], advantages[place, i]
             if args.tis:
                 a *= min(math.exp(old - (POLICY[token] - SAMPLED_OFFSETS[token])), args.tis)
-            log_ratio = new - old
-            ratio, slope = math.exp(log_ratio), math.exp(log_ratio)
-            if algo == "stable_reinforce" and args.clip:
-                bound = math.log(args.clip)
-                ratio = math.exp(max(-bound, min(bound, log_ratio)))
-                slope = ratio if abs(log_ratio) < bound else 0.0
+            ratio = math.exp(new - old)
             if algo == "rloo":
                 terms.append((a * new, a, ratio, False, False))
             elif algo == "topr":
@@ -259,17 +258,32 @@ class Formulas:
                 weight = min(ratio, top)
                 terms.append((weight * a * new, weight * a, ratio, False, ratio > top))
             else:
-                clipped = max(low, min(high, ratio)) * a
-                if ratio * a <= clipped or low <= ratio <= high:
-                    terms.append((ratio * a, slope * a, ratio, False, False))
-                else:
-                    terms.append((clipped, 0.0, ratio, ratio < low, ratio > high))
+                terms.append(self.clipped_term(new - old, a, low, high))
         return terms
+
+    def clipped_term(self, log_ratio, a, low, high):
+        """A token's terms for PPO's loss and those that change one thing in it."""
+        args, algo = self.args, self.args.algo
+        ratio = slope = math.exp(log_ratio)
+        if algo == "stable_reinforce" and args.clip:
+            bound = math.log(args.clip)
+            ratio = math.exp(max(-bound, min(bound, log_ratio)))
+            slope = ratio if abs(log_ratio) < bound else 0.0
+        clipped_low, clipped_high = a < 0 and ratio < low, a > 0 and ratio > high
+        moved, bounds = ratio, (low, high)
+        if algo == "cpgd":
+            moved, slope, bounds = log_ratio, 1.0, (math.log(low), math.log(high))
+        value = min(moved * a, max(bounds[0], min(bounds[1], moved)) * a)
+        if clipped_low or clipped_high:
+            slope = 0.0
+        if algo == "dual_clip" and a < 0 and ratio > 3:
+            value, slope = 3 * a, 0.0
+        return value, slope * a, ratio, clipped_low, clipped_high
 
     def weight(self, place, batch):
         """What a token of this sample counts in the loss of its mini-batch."""
         algo = self.args.algo
-        if algo in ("stable_reinforce", "reinforce++", "ppo", "dapo", "cispo"):
+        if algo in OVER_TOKENS:
             return 1 / sum(len(RESPONSES[p]) for p in batch)
         if algo == "grpo":
             return 1 / len(RESPONSES[place]) / len(batch)
