@@ -20,9 +20,13 @@ class Cell(NamedTuple):
     samples: int
     tokens: int  # of each sample
     group: int = 2  # samples of a prompt
+    products: str = "oneDNN"  # the library of matrix products, one of PRODUCTS
 
     def __str__(self):
-        return f"{self.samples} x {self.tokens}, {self.group} a prompt"
+        return f"{self.samples} x {self.tokens}, {self.group} a prompt, {self.products}"
+
+
+PRODUCTS = ("oneDNN", "torch")  # toy/cpu.py's, and what torch calls by itself: MKL on x86
 
 
 class NextCell(Exception):
@@ -61,6 +65,16 @@ class Talk:
         if name not in self.kept:
             self.kept[name] = make()
         return self.kept[name]
+
+
+def choose_products(cell):
+    """Let toy/cpu.py compute with the cell's library."""
+    import toy.cpu
+
+    def has_onednn():
+        return cell.products == "oneDNN"
+
+    toy.cpu.has_onednn = has_onednn
 
 
 def flags_of_rl(args, cell):
@@ -255,6 +269,7 @@ def trl(args, cell, talk):
     from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
+    import toy.cpu
     from core.sampler import forbidden_token_ids
 
     made = {}  # of the round
@@ -272,6 +287,7 @@ def trl(args, cell, talk):
 
     processor = AutoProcessor.from_pretrained(args.model, padding_side="left")
     model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=torch.float32)
+    toy.cpu.speed_up_linear_layers(model)
     vocabulary = model.config.get_text_config().vocab_size
     forbidden = forbidden_token_ids(processor, vocabulary)
     rows = min(args.trl_rows, cell.samples)
@@ -347,6 +363,7 @@ def run_contender(args):
             if cell is None:
                 talk.begin()
             else:
+                choose_products(cell)
                 CONTENDERS[args.contender](args, cell, talk)
         except NextCell as asked:
             cell = asked.args[0]

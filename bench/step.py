@@ -11,6 +11,9 @@ the same number of tokens, one update.
           backward pass by transformers over them in rl.py's micro-batches, with rl.py's matrix
           products. No prompts are built, nothing is seeded, scored, optimized or synced
 
+All compute their matrix products with the same library, one of --products after the other: oneDNN,
+as a stage on a CPU does (toy/cpu.py), and what torch calls by itself.
+
 Each contender lives in a process of its own, on one rank and --threads threads, in float32 on a
 CPU. They take turns round by round while the others sleep, so that whatever else the machine does
 slows them alike; a cell's first round is not counted. TRL needs 2 samples a prompt or more: where
@@ -21,12 +24,13 @@ $ python bench/step.py --setup_trl out/trl/.venv
 $ python bench/step.py --data out/toy/data/test/pairs.jsonl --out out/bench/step.md
 Random weights and noise pictures, at a size that computes:
 $ python bench/step.py --shape small --samples 16 --tokens 64 --groups 8 --scale --threads 2 \
-    --micro_tokens 4096 --trl_rows 8 --rounds 3 --out out/bench/step_small.md
+    --products oneDNN --micro_tokens 4096 --trl_rows 8 --rounds 3 --out out/bench/step_small.md
 """
 
 import argparse
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -40,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from bench import shapes
-from bench.contenders import CONTENDERS, Cell, run_contender
+from bench.contenders import CONTENDERS, PRODUCTS, Cell, run_contender
 from bench.output import made_by, print_and_save, spread
 from core.flags import command_line
 from core.pairs import read_pairs, write_pairs
@@ -136,8 +140,10 @@ def seconds_of(rounds):
 
 
 def ratio(rounds, others):
-    """Taken round by round."""
-    return spread([a / b for a, b in zip(seconds_of(rounds), seconds_of(others))])
+    """Taken round by round. Undecided: some rounds are above 1 and some below."""
+    ratios = [a / b for a, b in zip(seconds_of(rounds), seconds_of(others))]
+    undecided = min(ratios) <= 1 <= max(ratios)
+    return spread(ratios) + (", undecided" if undecided else "")
 
 
 def phases_of(rounds):
@@ -187,10 +193,10 @@ def phase_table(found):
     return markdown_table(["samples x tokens", "rl.py", "floor"], rows).strip()
 
 
-def scale_table(found, tokens):
+def scale_table(found, tokens, products):
     rows = []
     for cell in sorted(found):
-        if cell.tokens == tokens:
+        if cell.tokens == tokens and cell.products == products:
             seconds = seconds_of(found[cell]["rl.py"])
             milliseconds = [1000 * value / cell.samples for value in seconds]
             rows.append([str(cell.samples), spread(milliseconds)])
@@ -244,7 +250,7 @@ def report(args, found):
         "rl.py's update against a product of two matrices of 2,048 x 2,048 by the same library:",
         product_table(found),
         f"rl.py's time a sample of {tokens} tokens; it must not grow with their number:",
-        scale_table(found, tokens),
+        scale_table(found, tokens, args.products[0]),
         "A weight sync against a copy of the same bytes (goal: at most 3 times as long):",
         sync_table(found),
     ]
@@ -260,6 +266,8 @@ def parser():
     add("--samples", type=int, nargs="+", default=[32, 256], help="a rollout")
     add("--tokens", type=int, nargs="+", default=[32, 128], help="a sample, exactly")
     add("--groups", type=int, nargs="+", default=[2], help="samples of a prompt")
+    products_help = "library of matrix products, of all contenders; torch: MKL on x86"
+    add("--products", choices=PRODUCTS, nargs="+", default=list(PRODUCTS), help=products_help)
     shape_help = "random weights of this shape and noise pictures, in place of --model and --data"
     add("--shape", choices=list(shapes.TOYS), help=shape_help)
     add("--image_tokens", type=int, default=256, help="of a noise picture; a square number")
@@ -297,11 +305,11 @@ def compete(args):
             file=sys.stderr,
         )
     found = {}
-    for samples, tokens, group in itertools.product(args.samples, args.tokens, args.groups):
-        cell = Cell(samples, tokens, group)
+    for values in itertools.product(args.samples, args.tokens, args.groups, args.products):
+        cell = Cell(*values)
         found[cell] = take_turns(rivals, cell, rounds_of(cell, args))
     for samples in args.scale:
-        cell = Cell(samples, args.tokens[0], args.groups[0])
+        cell = Cell(samples, args.tokens[0], args.groups[0], args.products[0])
         found[cell] = take_turns([ours], cell, rounds_of(cell, args))
     for rival in rivals:
         rival.close()
@@ -329,12 +337,13 @@ def main():
     if args.setup_trl:
         setup_trl(args.setup_trl)
         return
-    cells = len(args.samples) * len(args.tokens) * len(args.groups) + len(args.scale)
+    lists = (args.samples, args.tokens, args.groups, args.products)
+    cells = math.prod(len(values) for values in lists) + len(args.scale)
     if args.threads > 1 and cells > 1:
         sys.exit(
-            "--threads above 1 needs a run for each cell: give one of --samples, --tokens and "
-            "--groups, and --scale without a number. The next cell's data workers would be forked "
-            "from a process with threads, and hang"
+            "--threads above 1 needs a run for each cell: give one of --samples, --tokens, "
+            "--groups and --products, and --scale without a number. The next cell's data workers "
+            "would be forked from a process with threads, and hang"
         )
     with tempfile.TemporaryDirectory() as args.work:
         if args.shape:

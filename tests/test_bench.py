@@ -119,7 +119,7 @@ def test_a_round_of_another_size_stops_the_race(tmp_path):
         def ask(self, line):
             return {"samples": 4, "tokens": 15, "seconds": 1.0}
 
-    message = "slacker: expected 4 x 4, 2 a prompt, got 15 tokens in 4 samples"
+    message = "slacker: expected 4 x 4, 2 a prompt, oneDNN, got 15 tokens in 4 samples"
     with pytest.raises(SystemExit, match=message):
         step.take_turns([Rival()], step.Cell(4, 4), rounds=1)
 
@@ -169,7 +169,7 @@ def test_shared_prompts(done):
 @pytest.mark.slow
 def test_step(done):
     rows = tables(done("step"), "One RL step")
-    cells = [row for row in rows if row[0] == "4 x 4, 2 a prompt"]
+    cells = [row for row in rows if row[0] == "4 x 4, 2 a prompt, oneDNN"]
     assert [len(row) for row in cells] == [7, 3, 4]  # speed, phases, against a product
     assert {"4", "8"} <= {row[0] for row in rows}  # a sample's time at both sizes
 
@@ -181,7 +181,7 @@ def test_step_against_trl(done):
         assert "TRL is left out" in process.stderr
         pytest.skip(f"TRL has no environment in {TRL}: python bench/step.py --setup_trl {TRL}")
     rows = tables((process, out), "One RL step")
-    speed = next(row for row in rows if row[0] == "4 x 4, 2 a prompt")
+    speed = next(row for row in rows if row[0] == "4 x 4, 2 a prompt, oneDNN")
     assert speed[6] != "-"
 
 

@@ -22,9 +22,13 @@ def speed_up_process():
 
 
 def speed_up_policy(policy):
-    """Compute all matrix products of a policy's linear layers with oneDNN."""
+    """Compute a policy's matrix products with oneDNN."""
     TokenLogps.linear = product_with_gradient
-    for module in policy.model.modules():
+    speed_up_linear_layers(policy.model)
+
+
+def speed_up_linear_layers(model):
+    for module in model.modules():
         if type(module) is torch.nn.Linear:
             module.__class__ = OneDNNLinear
 
