@@ -59,6 +59,8 @@ bench: setup-cpu
 	$(PY) toy/sources.py --out out/toy/data
 	-$(PY) bench/step.py --setup_trl out/trl/.venv
 	$(PY) bench/step.py --out out/bench/step.md
+	$(PY) bench/step.py --shape small --samples 16 --tokens 64 --groups 8 1 --scale --threads 2 \
+		--micro_tokens 4096 --trl_rows 8 --out out/bench/step_small.md
 	$(PY) bench/gpu.py --shape small --samples 2 --new_tokens 16 --image_tokens 4 --words 8 --budgets 512 1024 --out out/bench/gpu.md
 	$(PY) bench/shared_prompts.py --out out/bench/shared_prompts.md
 	$(PY) bench/token_logps.py --tokens 2048 --repeats 2 --out out/bench/token_logps.md
@@ -67,4 +69,4 @@ bench: setup-cpu
 		--data out/toy/data/dev/pairs.jsonl --limit 64 --seconds 40 --out out/bench/evaluate.md
 	$(PY) bench/annotate.py --out out/bench/annotate.md
 	{ printf '# Speed\n\nBy `make bench`. How each number is taken stands at the head of its script.\n'; \
-	for part in step gpu shared_prompts token_logps vision_tower evaluate annotate; do echo; cat out/bench/$$part.md; done; } > results/bench.md
+	for part in step step_small gpu shared_prompts token_logps vision_tower evaluate annotate; do echo; cat out/bench/$$part.md; done; } > results/bench.md

@@ -94,7 +94,8 @@ def flags_of_rl(args, cell):
         "micro_tokens": args.micro_tokens,
         "steps": 1_000_000,
         "save_every": 0,
-        "workers": 1,
+        # workers of the next cell would be forked from a process with threads, and hang
+        "workers": 1 if args.threads == 1 else 0,
         "seed": args.seed,
     }
     words = ["--no-recompute"]

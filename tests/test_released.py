@@ -1,5 +1,6 @@
 """toy/released.py and its report: parts of the released code in the place of rl.py's."""
 
+import json
 import math
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from test_toy import SLIP, write_run
 
 from core.encoding import Sample, collate, load_processor
 from core.policy import load_policy, token_logps
-from toy import released, released_report
+from stable_reinforce import policy_loss
+from toy import released, released_report, same_runs
 
 BASE = Path(__file__).resolve().parent.parent / "toy" / "base"
 ARGS = released.parser().parse_args(["--data", "-"])
@@ -96,3 +98,37 @@ def test_the_report_has_twelve_settings(tmp_path):
     assert cells[8:] == ["0.0 ± 0.0", "20.0 ± 0.0", "8 of 800"]
     released_report.figure(settings, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def log_of(folder, log_ratios):
+    folder.mkdir()
+    rows = [{"flags": "..."}, *({"step": 1, "log_ratio_max": value} for value in log_ratios)]
+    (folder / "log.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return folder
+
+
+def test_a_pre_clip_that_never_acts_is_the_same_run(tmp_path):
+    quiet = log_of(tmp_path / "blind-none-0-2", [0.5, 6.9])
+    assert "blind-none-1e3-2 is the same run" in same_runs.link_twin(quiet)
+    assert same_runs.largest_log_ratio(tmp_path / "blind-none-1e3-2") == 6.9
+    assert "is the same run" in same_runs.link_twin(quiet)  # once more
+    loud = log_of(tmp_path / "blind-paper-0-2", [0.5, 6.91])
+    assert "blind-paper-1e3-2 is another run" in same_runs.link_twin(loud)
+    assert not (tmp_path / "blind-paper-1e3-2").exists()
+    with pytest.raises(ValueError, match="expected a run without a pre-clip"):
+        same_runs.link_twin(tmp_path / "blind-none-1e3-2")
+
+
+def test_the_loss_and_its_gradient_are_the_same_to_the_bit_within_the_bounds():
+    generator = torch.Generator().manual_seed(0)
+    old_logps = torch.randn(8, 50, generator=generator)
+    moved = torch.empty(8, 50).uniform_(-6.9, 6.9, generator=generator)
+    advantages = torch.randn(8, generator=generator)
+    results = []
+    for clip in (1e3, None):
+        logps = (old_logps + moved).requires_grad_()
+        loss, _ = policy_loss(logps, old_logps, advantages, torch.ones(8, 50), clip=clip)
+        loss.backward()
+        results.append((loss.detach(), logps.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole pipeline on the toy world, on two CPU cores, in about twelve minutes; make toy calls it.
+# The whole pipeline on the toy world, on two CPU cores, in about ten minutes; make toy calls it.
 # Each command is printed before it runs. Stopped anywhere, the same command continues from there.
 set -euo pipefail
 source "$(dirname "$0")/servers.sh"
@@ -34,11 +34,14 @@ stage sft $TWO_RANKS sft.py @toy/sft.args
 stage rl $TWO_RANKS rl.py @toy/rl.args --clip 1e3
 
 # 5. Evaluation of the three models: benchmarks and held-out pairs, in both orders
-evaluate() { # name, folder
-    stage "evaluate-$1" python evaluate.py @toy/evaluate.args --limit 100 \
-        --model "$2" --out "$OUT/eval-$1"
+evaluate() { # name, folder, other flags
+    name=$1
+    model=$2
+    shift 2
+    stage "evaluate-$name" $TWO_RANKS evaluate.py @toy/evaluate.args --limit 100 \
+        --model "$model" --out "$OUT/eval-$name" "$@"
 }
-evaluate base toy/base
+evaluate base toy/base --samples 4 # no verdict in any of them
 evaluate sft $OUT/sft
 evaluate rl $OUT/rl
 
