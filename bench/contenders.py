@@ -84,7 +84,7 @@ def flags_of_rl(args, cell):
         "data": args.data,
         "out": f"{args.work}/{cell}",
         "judge": "rule",
-        "zero": 2,
+        "zero": 0,  # one rank: nothing to split
         "check_every": 0,
         "rollout_batch": cell.samples // cell.group,
         "samples": cell.group,

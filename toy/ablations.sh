@@ -163,7 +163,7 @@ downstream() {
     python toy/sources.py --out $OUT/held --seed 1 # other pictures
     serve_model $OUT/rl 8020
     wait_for 8020
-    flags="--eval_data $OUT/held/tasks/train.jsonl --eval_n 300 --eval_every 0 --passes 2"
+    flags="--eval_data $OUT/held/tasks/train.jsonl --eval_n 300 --eval_every 0"
     for seed in 0 1 2; do
         for judge in model random; do
             folder=$OUT/grpo/$judge-$seed
