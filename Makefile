@@ -5,6 +5,8 @@
 # make try        a page in the browser to ask a judge: the toy's, or MODEL=folder or hub name
 # make gpu        the first run on 1 to 8 GPUs: is all of it right, how fast is it? 20 minutes or so
 # make torture    kills, faults and memory, tried in numbers: results/torture.md, more than an hour
+# make results    every table and figure of results/ again, after make toy: hours, which it tells
+#                 first; stopped anywhere, it continues. toy/ablations.sh PART makes a part of it
 # make lint       the form of the code: ruff format and ruff check, see pyproject.toml
 # make bench      speed next to what one would use instead, into results/bench.md, about 13 minutes;
 #                 fetches TRL into out/trl/.venv (5 GB)
@@ -18,9 +20,9 @@ VENV ?= .venv
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 CPU_VENV := $(VENV)$(if $(GPU),-cpu)
 PY = $(CPU_VENV)/bin/python
-toy test test-fast torture bench: export CUDA_VISIBLE_DEVICES =
+toy results test test-fast torture bench: export CUDA_VISIBLE_DEVICES =
 
-.PHONY: setup setup-cpu test test-fast torture try lint toy bench gpu
+.PHONY: setup setup-cpu test test-fast torture try lint toy results bench gpu
 
 setup:
 	@toy/setup.sh $(if $(GPU),gpu,cpu) $(VENV)
@@ -38,6 +40,9 @@ test: setup-cpu
 
 test-fast: setup-cpu
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist worksteal -m "not slow"
+
+results: setup-cpu
+	toy/ablations.sh
 
 try: setup
 	@PYTHON=$(VENV)/bin/python viewer/try.sh

@@ -6,7 +6,7 @@ import re
 import pytest
 from conftest import ROOT
 
-from toy import seeds_report
+from toy import coin, seeds_report
 
 RESULTS = ROOT / "results"
 WRITTEN_BY_HAND = {"README.md", "LOG.md"}
@@ -71,3 +71,23 @@ def test_seeds_are_averaged_and_what_no_run_has_is_left_out(tmp_path):
     ]
     with pytest.raises(ValueError, match=r"other=.*no run there; expected NAME=FOLDER/PREFIX"):
         seeds_report.read_results("other", tmp_path / "other-")
+
+
+class Task:
+    def __init__(self, answer):
+        self.answer = answer
+
+
+def test_tasks_are_sorted_by_the_lead_of_their_likeliest_answer():
+    tasks = [Task("red"), Task("two"), Task("none")]
+    before = {
+        0: [["red"], ["two"], ["none"]],
+        1: [["red"] * 4, ["two", "two", "one", "one"], ["none", "none", "none", "one"]],
+    }
+    after = {0: [["red"], ["one"], ["none"]], 1: [["red"] * 4, ["one"] * 4, ["none"] * 4]}
+    assert coin.table(tasks, before, after).strip().splitlines()[2:] == [
+        "| all | 3 | 50.0 | 100.0 | 66.7 | 75.0 | 66.7 |",
+        "| smallest leads | 1 | 0.0 | 100.0 | 0.0 | 50.0 | 0.0 |",
+        "| middle | 1 | 50.0 | 100.0 | 100.0 | 75.0 | 100.0 |",
+        "| largest leads | 1 | 100.0 | 100.0 | 100.0 | 100.0 | 100.0 |",
+    ]

@@ -178,6 +178,8 @@ downstream() {
             echo "$judge $seed: $(tr -d '"' <<< "$numbers" | paste -sd' ')"
         done
     done | tee results/downstream.txt
+    python toy/coin.py --data $OUT/held/tasks/train.jsonl --before $OUT/careless \
+        --after $OUT/grpo/random-0 $OUT/grpo/model-0 --out results/toy_coin.md
 }
 
 judges() { # toy/base is the 7B judge, toy/weaker.py makes the 3B one

@@ -19,7 +19,11 @@ from toy.compare import percents, spread
 UPDATES = {"sighted": "sees the pictures", "blind": "does not see them"}
 BOUNDS = {"paper": "paper's, 3 sigma", "released": "released bounds", "none": "no filter"}
 CLIPS = {"1e3": "on", "0": "off"}
-PANELS = {"eval_sampled": "held-out accuracy, temperature 1", "entropy": "entropy"}
+PANELS = {
+    "eval_sampled": "held-out accuracy, temperature 1",
+    "filtered": "share of judgements dropped",
+    "entropy": "entropy of a token",
+}
 
 
 def read_settings(folder):
@@ -32,14 +36,18 @@ def read_settings(folder):
 
 
 def table(settings):
-    head = "update|filter|pre-clip|seeds|greedy, %|temperature 1, %|entropy|length, tokens"
-    head += "|right judgements dropped, %|wrong judgements dropped, %|tokens pre-clipped"
+    first_run = next(iter(settings.values()))[0]
+    early = first_run.held_out[1]["step"]
+    head = f"update|filter|pre-clip|seeds|greedy, %|temperature 1, %|at step {early}, %|entropy"
+    head += "|length, tokens|right judgements dropped, %|wrong judgements dropped, %"
+    head += "|tokens pre-clipped"
     rows = []
     for (update, bounds, clip), runs in settings.items():
         after = [run.held_out[-1] for run in runs]
         last = [run.steps[-1] for run in runs]
         row = [UPDATES[update], BOUNDS[bounds], CLIPS[clip], str(len(runs))]
         row += [percents(after, "eval_greedy"), percents(after, "eval_sampled")]
+        row += [percents([run.held_out[1] for run in runs], "eval_sampled")]
         row += [spread([step["entropy"] for step in last], digits=3)]
         row += [spread([step["length"] for step in last])]
         row += [compare.dropped_by_filter(runs, 1), compare.dropped_by_filter(runs, 0)]
@@ -50,21 +58,27 @@ def table(settings):
 
 
 def figure(settings, path):
-    """A column for each kind of update, a colour for each filter; dashed is without pre-clip."""
+    """
+    A column for each kind of update, a colour for each filter. Runs without a pre-clip are dashed,
+    and left out where they are the runs with one.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     canvas, axes = plt.subplots(
-        len(PANELS), len(UPDATES), figsize=(11, 7), sharex=True, sharey="row", layout="constrained"
+        len(PANELS), len(UPDATES), figsize=(11, 10), sharex=True, sharey="row", layout="constrained"
     )
     colours = dict(zip(BOUNDS, ("tab:blue", "tab:red", "tab:gray")))
     for (update, bounds, clip), runs in settings.items():
+        on = CLIPS[clip] == "on"
+        if not on and runs == settings[update, bounds, "1e3"]:
+            continue
         column = list(UPDATES).index(update)
         for axis, key in zip(axes[:, column], PANELS):
-            label = f"{BOUNDS[bounds]}, pre-clip {CLIPS[clip]}"
-            style = "-" if CLIPS[clip] == "on" else "--"
+            label = BOUNDS[bounds] + ("" if on else ", no pre-clip")
+            style = "-" if on else "--"
             compare.draw(axis, runs, key, label=label, color=colours[bounds], linestyle=style)
     for axis, told in zip(axes[0], UPDATES.values()):
         axis.set_title(f"the update {told}")

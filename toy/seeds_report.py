@@ -51,18 +51,27 @@ def cell(runs, bench, method):
     return spread(values) if values else ""
 
 
+def common_benches(settings):
+    """The benchmarks that every run has."""
+    benches = []
+    for runs in settings.values():
+        benches += [set(run) for run in runs]
+    return sorted(set.intersection(*benches))
+
+
 def table(settings):
+    """Methods that no run has are left out."""
     rows = []
-    benches = sorted(set.intersection(*(set(run) for runs in settings.values() for run in runs)))
-    for bench in benches:
+    for bench in common_benches(settings):
         for name, runs in settings.items():
-            about = runs[0][bench]["about"]
-            cells = [cell(runs, bench, method) for method in METHODS]
-            rows.append([bench, str(about["rows"]), name, str(len(runs)), *cells])
-    filled = [i for i in range(len(METHODS)) if any(row[4 + i] for row in rows)]
-    head = ["benchmark", "rows", "model", "seeds", *(METHODS[i] for i in filled)]
-    rows = [row[:4] + [row[4 + i] for i in filled] for row in rows]
-    return markdown_table(head, rows)
+            number = runs[0][bench]["about"]["rows"]
+            row = {"benchmark": bench, "rows": str(number), "model": name, "seeds": str(len(runs))}
+            for method in METHODS:
+                row[method] = cell(runs, bench, method)
+            rows.append(row)
+    titles = [title for title in rows[0] if any(row[title] for row in rows)]
+    cells = [[row[title] for title in titles] for row in rows]
+    return markdown_table(titles, cells)
 
 
 def parser():
