@@ -5,8 +5,10 @@ the same number of tokens, one update.
   rl.py   its own main(). Two hooks: the end token is forbidden, so that all samples have the same
           length, and a step waits for its turn
   TRL     the latest release of PyPI in an environment of its own (--setup_trl), pictures included,
-          transformers' generate (its vLLM inside the process does not start on a CPU), rl.py's
-          rules as the reward; no logging, saving, evaluation, recomputation
+          transformers' generate, rl.py's rules as the reward; no logging, saving, evaluation,
+          recomputation. Of 1.16 no other engine works on a CPU with pictures: vLLM inside the
+          process does not start, a vLLM server takes new weights by NCCL only, and continuous
+          batching refuses multimodal models
   floor   what no loop can do without: bare vLLM for as many tokens, then a bare forward and
           backward pass by transformers over them in rl.py's micro-batches, with rl.py's matrix
           products. No prompts are built, nothing is seeded, scored, optimized or synced
