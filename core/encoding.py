@@ -46,7 +46,7 @@ class Sample:
     text: str = ""  # the response without its end token
     finish: str = ""  # "stop", or "length" where --max_new_tokens cut it off
     sampled_logps: list[float] | None = None  # by vLLM, a number per response token
-    # 3. old log-probabilities, 5. advantages: each a tensor (response tokens,)
+    # 4. old log-probabilities, 6. advantages: each a tensor (response tokens,)
     old_logps: torch.Tensor | None = None
     reference_logps: torch.Tensor | None = None
     advantages: torch.Tensor | None = None
