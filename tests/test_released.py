@@ -96,7 +96,13 @@ def test_the_report_has_twelve_settings(tmp_path):
     cells = [cell.strip() for cell in rows[2].strip("|").split("|")]
     assert cells[:5] == ["sees the pictures", "released bounds", "on", "2", "75.0 ± 7.1"]
     assert cells[6] == "50.0 ± 0.0"  # at step 2
-    assert cells[9:] == ["0.0 ± 0.0", "20.0 ± 0.0", "8 of 800"]
+    assert cells[9:] == [
+        "0.0 ± 0.0",
+        "20.0 ± 0.0",
+        "3.0 ± 0.0",
+        "7.5 ± 0.0",
+        "8 of 800",
+    ]
     released_report.figure(settings, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 

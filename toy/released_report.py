@@ -40,7 +40,7 @@ def table(settings):
     early = first_run.held_out[1]["step"]
     head = f"update|filter|pre-clip|seeds|greedy, %|temperature 1, %|at step {early}, %|entropy"
     head += "|length, tokens|right judgements dropped, %|wrong judgements dropped, %"
-    head += "|tokens pre-clipped"
+    head += "|largest loss of a token|largest log ratio, either sign|tokens pre-clipped"
     rows = []
     for (update, bounds, clip), runs in settings.items():
         after = [run.held_out[-1] for run in runs]
@@ -51,6 +51,8 @@ def table(settings):
         row += [spread([step["entropy"] for step in last], digits=3)]
         row += [spread([step["length"] for step in last])]
         row += [compare.dropped_by_filter(runs, 1), compare.dropped_by_filter(runs, 0)]
+        row += [spread([run.largest("token_loss_max") for run in runs])]
+        row += [spread([run.largest("log_ratio_max") for run in runs])]
         preclipped, tokens = (sum(r.preclipped for r in runs), sum(r.tokens for r in runs))
         row.append(f"{preclipped:.0f} of {tokens:.0f}")
         rows.append(row)
