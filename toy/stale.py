@@ -1,7 +1,8 @@
 """
-rl.py where ratios become large, to see what bounds on them are worth. Both parts are put in from
-outside; rl.py has no flag for either.
+rl.py where ratios become large, to see what bounds on them are worth. What makes them large is put
+in from outside; rl.py has no flag for any of it.
 
+  --update blind     see toy/released.py, whose other flags are here, too
   --sync_every K     vLLM gets the trainer's weights only every K steps: its samples are old
   --sampler_temperature T     vLLM samples at T, and gives log-probabilities of temperature 1
   --algo cispo_batch          CISPO with StableReinforce's advantages, for one sample a prompt
@@ -14,6 +15,7 @@ samples of pi_old is 1, so no more than one token in a thousand can have a ratio
 (Markov's inequality).
 
 $ python toy/stale.py @toy/rl.args --old_logps vllm --check_every 0 --sync_every 5
+$ python toy/stale.py @toy/rl.args --check_every 0 --update blind --train_batch 24
 """
 
 import itertools
@@ -28,9 +30,10 @@ import rl
 from core import flags, neighbours
 from core.files import InputError
 from stable_reinforce import per_token, share
+from toy import released
 
 MUCH_LIKELIER = math.log(1e3)
-parser_of_rl, start_run, sync = rl.parser, rl.start_run, rl.sync
+start_run, sync = rl.start_run, rl.sync
 
 
 class HotSampler:
@@ -68,7 +71,7 @@ def count_risen(loss_function, logps, old_logps, advantages, mask, **options):
 
 
 def parser():
-    p = parser_of_rl()
+    p = released.parser()
     add = p.add_argument_group("large ratios").add_argument
     every_help = "steps from one sync of vLLM to the next"
     add("--sync_every", type=flags.whole(1), default=1, help=every_help)
@@ -84,7 +87,8 @@ def add_cispo_batch():
 
 
 def put_in(args):
-    if args.old_logps != "vllm" or args.check_every:
+    lags = args.sync_every > 1 or args.sampler_temperature != 1
+    if lags and (args.old_logps != "vllm" or args.check_every):
         raise InputError(
             "--old_logps is that of the trainer or --check_every is not 0: a sampler that lags "
             "behind is another policy; give --old_logps vllm --check_every 0"
@@ -94,6 +98,7 @@ def put_in(args):
             f"--eval_every {args.eval_every} and --steps {args.steps}: expected multiples of "
             f"--sync_every, {args.sync_every}; else old weights are evaluated"
         )
+    released.put_in(args)
     rl.parser = parser
     rl.start_run = start_hot_run
     rl.sync = partial(sync_now_and_then, itertools.count(1), args.sync_every)
