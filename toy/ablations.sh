@@ -239,6 +239,26 @@ room() {
         tee results/toy_room.txt
 }
 
+stale() { # a blind update, eight times a rollout, makes ratios large
+    flags="--update blind --train_batch 24 --steps 10"
+    declare -A losses=(
+        [stable]="--algo stable_reinforce" [none]="--algo reinforce++" [dual_clip]="--algo dual_clip"
+        [cpgd]="--algo cpgd" [cispo]="--algo cispo_batch"
+    )
+    settings=()
+    for loss in stable none dual_clip cpgd cispo; do
+        settings+=("$loss=$OUT/stale/$loss-")
+    done
+    for seed in 0 1 2 3 4; do
+        for loss in stable none dual_clip cpgd cispo; do
+            folder=$OUT/stale/$loss-$seed
+            echo "$folder/curves.png toy/stale.py @toy/rl.args $ON_TEST $flags ${losses[$loss]}" \
+                "--seed $seed --out $folder"
+        done
+    done | two_at_a_time
+    python toy/compare.py "${settings[@]}" --out results/toy_stale
+}
+
 echo "minutes on two cores, and what is done of it stays done:"
 for part in $PARTS; do printf '  %-12s %4s\n' $part "${MINUTES[$part]:?no such part}"; done
 serve_stand_in
