@@ -1,5 +1,5 @@
 # make setup      a virtual environment in .venv, for the GPU if there is one, else for the CPU
-# make toy        the whole pipeline on the toy world, two CPU cores, about 14 minutes
+# make toy        the whole pipeline on the toy world, two CPU cores, about 15 minutes
 # make test       every test
 # make test-fast  the tests that start no vLLM and train nothing in a process of its own
 # make try        a page in the browser to ask a judge: the toy's, or MODEL=folder or hub name
@@ -8,7 +8,7 @@
 # make results    every table and figure of results/ again, after make toy: hours, which it tells
 #                 first; stopped anywhere, it continues. toy/ablations.sh PART makes a part of it
 # make lint       the form of the code: ruff format and ruff check, see pyproject.toml
-# make bench      speed next to what one would use instead, into results/bench.md, about 13 minutes;
+# make bench      speed next to what one would use instead, into results/bench.md, about 45 minutes;
 #                 fetches TRL into out/trl/.venv (5 GB)
 # Needs Python 3.11 or newer, bash and make; for a GPU a C compiler and Python's headers, too.
 # make setup PYTHON=/path/to/python chooses another Python.

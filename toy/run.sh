@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole pipeline on the toy world, on two CPU cores, in about ten minutes; make toy calls it.
+# The whole pipeline on the toy world, on two CPU cores, in about 15 minutes; make toy calls it.
 # Each command is printed before it runs. Stopped anywhere, the same command continues from there.
 set -euo pipefail
 source "$(dirname "$0")/servers.sh"
