@@ -17,9 +17,8 @@ from core.tables import markdown_table
 from toy import world
 
 NOTE = """\
-Percent, each pair shown in both orders, half of the 16 samples (of the
-base model: 4) in each; ± is half of a 95 %
-interval over rows. Always 1, the longer answer and a coin score 50. The base model gives no
+Percent, each pair shown in both orders, half of the 16 samples (of the base model: 4) in each;
+± is half of a 95 % interval over rows. Always 1, the longer answer and a coin score 50. The base model gives no
 verdict: it answers the question instead."""
 PLANTED = """\
 What is planted: the stand-in annotator's reasonings come in four manners ({shares}). Hasty ones do

@@ -10,9 +10,9 @@ in from outside; rl.py has no flag for any of it.
 The log has one more share of tokens, `risen`: those that A < 0 pushes down and that have become
 more than a thousand times likelier. They are what the pre-clip is for (section 2.1).
 
-With --sampler_temperature 1 they are rare, whatever was learned from other samples. The mean of pi / pi_old over
-samples of pi_old is 1, so no more than one token in a thousand can have a ratio above a thousand
-(Markov's inequality).
+With --sampler_temperature 1 they are rare, whatever was learned from other samples. The mean of
+pi / pi_old over samples of pi_old is 1, so no more than one token in a thousand can have a ratio
+above a thousand (Markov's inequality).
 
 $ python toy/stale.py @toy/rl.args --old_logps vllm --check_every 0 --sync_every 5
 $ python toy/stale.py @toy/rl.args --check_every 0 --update blind --train_batch 24
