@@ -265,7 +265,8 @@ def cpgd_loss(logps, old_logps, advantage, mask, eps=0.2, denominator=None):
     9.9
     """
     log_ratio, A, mask = per_token(logps, old_logps, advantage, mask)
-    low, high = math.log(1 - eps), math.log(1 + eps)
+    low = math.log(1 - eps) if eps < 1 else -math.inf
+    high = math.log(1 + eps)
     objective = torch.min(log_ratio * A, log_ratio.clamp(low, high) * A)
     clipped_low = (log_ratio < low) & (A < 0)
     clipped_high = (log_ratio > high) & (A > 0)

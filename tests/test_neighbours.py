@@ -193,6 +193,14 @@ def test_the_gradient_of_cpgd_is_the_advantage_or_nothing():
     assert statistics["clipped_low"] == statistics["clipped_high"] == pytest.approx(1 / 5)
 
 
+def test_the_widest_clip_of_cpgd_has_no_lower_bound():
+    logps = float64([[-20.0]])
+    batch = (logps, torch.zeros(1, 1), float64([-1]), torch.ones(1, 1))
+    loss, gradient = loss_and_gradient(neighbours.cpgd_loss, *batch, eps=1)
+    assert loss == -20
+    assert gradient == 1
+
+
 NEVER_OVERFLOW = (
     neighbours.topr_loss,
     neighbours.cispo_loss,

@@ -18,8 +18,8 @@ from toy import world
 
 NOTE = """\
 Percent, each pair shown in both orders, half of the 16 samples (of the base model: 4) in each;
-± is half of a 95 % interval over rows. Always 1, the longer answer and a coin score 50. The base model gives no
-verdict: it answers the question instead."""
+± is half of a 95 % interval over rows. Always 1, the longer answer and a coin score 50. The base
+model gives no verdict: it answers the question instead."""
 PLANTED = """\
 What is planted: the stand-in annotator's reasonings come in four manners ({shares}). Hasty ones do
 not describe the picture: they are right about {seen}, and guess elsewhere. The likeliest manner, so
