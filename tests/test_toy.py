@@ -299,6 +299,14 @@ def test_the_curves_are_of_every_run(tmp_path):
     assert compare.values_by_step(runs, "loss_max") == {1: [0.5, 0.5], 2: [0.5, 0.5]}
 
 
+def test_tokens_that_rose_are_counted_where_the_log_has_them():
+    step = {"length": 20.0, "samples": 10}
+    steps = [step | {"risen": 0.01}, step | {"risen": 0.0, "length": 60.0}]
+    run = compare.Run(steps, [], None, None, {}, {})
+    assert run.risen_in_a_thousand == pytest.approx(2.5)  # 2 of 200 and 0 of 600
+    assert compare.Run([step], [], None, None, {}, {}).risen_in_a_thousand is None
+
+
 def test_a_setting_without_runs_and_an_unfinished_run_are_refused(tmp_path):
     with pytest.raises(compare.InputError, match="c-: no run there; expected NAME=FOLDER/PREFIX"):
         compare.read_runs("C", f"{tmp_path}/c-")

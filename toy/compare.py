@@ -62,6 +62,14 @@ class Run:
         return sum(row["preclipped"] * row["length"] * row["samples"] for row in self.steps)
 
     @property
+    def risen_in_a_thousand(self):
+        """Tokens that toy/stale.py counts; None in the log of any other script."""
+        if "risen" not in self.steps[0]:
+            return None
+        risen = sum(row["risen"] * row["length"] * row["samples"] for row in self.steps)
+        return 1000 * risen / self.tokens
+
+    @property
     def filtered(self):
         return sum(row["filtered"] * row["samples"] for row in self.steps)
 
@@ -198,6 +206,9 @@ def stability(runs):
         "largest loss of a token": spread([run.largest("token_loss_max") for run in runs], 2),
         "largest log ratio, either sign": f"{log_ratio:.1f}",
         "tokens pre-clipped, of all": f"{preclipped:.0f} of {tokens:.0f}",
+        "tokens that rose a thousandfold while A < 0, in a thousand": spread(
+            [run.risen_in_a_thousand for run in runs], 2
+        ),
         "judgements filtered, of all": f"{filtered:.0f} of {judgements:.0f}",
         "right judgements filtered, %": dropped_by_filter(runs, 1),
         "wrong judgements filtered, %": dropped_by_filter(runs, 0),
