@@ -137,9 +137,8 @@ def prompt_batches(dataset, first_step, steps, rank, world, device):
     args = dataset.args
     size = args.rollout_batch // (world // args.tensor_parallel)
     start = rank // args.tensor_parallel * size
-    places = []
-    for step in range(first_step, steps):
-        places += [(step, place) for place in range(start, start + size)]
+    my_places = range(start, start + size)
+    places = ((step, place) for step in range(first_step, steps) for place in my_places)
     ahead = -(-size // max(1, args.workers))
     prompts = read_ahead(dataset, places, args.workers, ahead, device.type == "cuda")
     return group_into(prompts, size, steps - first_step)

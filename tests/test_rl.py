@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from types import SimpleNamespace
 
 import pytest
@@ -185,6 +186,28 @@ def test_the_number_of_steps(words, steps):
 def test_flags_that_cannot_go_together(words, message):
     with pytest.raises(ValueError, match=message):
         rl_flags.check_flags(args_of(*words), 4)
+
+
+class Places:
+    """In place of prompts: which step and which place in its batch they are of."""
+
+    def __init__(self, args):
+        self.args = args
+
+    def __getitem__(self, step_and_place):
+        return step_and_place
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_each_rank_has_its_part_of_every_step_and_a_long_run_takes_no_memory(workers):
+    dataset = Places(args_of("--rollout_batch", 8, "--workers", workers))
+    tracemalloc.start()
+    batches = prompts.prompt_batches(dataset, 2, 10**5, 1, 4, torch.device("cpu"))
+    assert next(batches) == [(2, 2), (2, 3)]
+    assert next(batches) == [(3, 2), (3, 3)]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**23
 
 
 def test_prompts_that_do_not_fit_are_dropped_and_counted(base_pairs, tmp_path, capsys):
