@@ -8,7 +8,7 @@
 # make results    every table and figure of results/ again, after make toy: hours, which it tells
 #                 first; stopped anywhere, it continues. toy/ablations.sh PART makes a part of it
 # make lint       the form of the code: ruff format and ruff check, see pyproject.toml
-# make bench      speed next to what one would use instead, into results/bench.md, about 45 minutes;
+# make bench      speed next to what one would use instead, into results/bench.md, more than an hour;
 #                 fetches TRL into out/trl/.venv (5 GB)
 # Needs Python 3.11 or newer, bash and make; for a GPU a C compiler and Python's headers, too.
 # make setup PYTHON=/path/to/python chooses another Python.
