@@ -233,6 +233,7 @@ def start_vllm(folder, context, **options):
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(8192, context),
         }
+        compile_nothing()
     from vllm import LLM
 
     try:
@@ -240,6 +241,16 @@ def start_vllm(folder, context, **options):
             return LLM(str(folder), max_model_len=context, use_tqdm_on_load=False, **options)
     except (ValueError, torch.OutOfMemoryError) as error:
         raise InputError(why_not_started(error, folder, context, options)) from error
+
+
+def compile_nothing():
+    """
+    vLLM compiles a few small functions in spite of enforce_eager; the first rollout of two ranks
+    on two cores waited 26 s for it. To be called before they are imported.
+    """
+    from vllm.platforms import current_platform
+
+    current_platform.simple_compile_backend = "eager"
 
 
 def why_not_started(error, folder, context, options):

@@ -86,7 +86,10 @@ def test_a_saved_folder_loads_in_vllm_and_answers_the_same(turns, tmp_path):
 
 @pytest.mark.slow
 def test_vllm_takes_the_weights_in_parts(turns, tmp_path):
-    """Log-probabilities match before and after, samples repeat, a weight left out is missed."""
+    """
+    Log-probabilities match before and after, samples repeat, a weight left out is missed. And
+    nothing was compiled: a first rollout would wait for it.
+    """
     frames = [turns[0][0]["content"][0]["image"]] * 4
     turns = [*turns, user_turn([], frames, "What moves?")]
     found = ask_vllm("sync_weights.py", BASE, turns, tmp_path)
@@ -101,6 +104,7 @@ def test_vllm_takes_the_weights_in_parts(turns, tmp_path):
         assert before > 1e-3 > 1e-5 > after, size
         assert missing == []
     assert found["left out"] == ["visual.blocks.0.attn.proj.weight"]
+    assert found["compiled"] == {}
 
 
 @pytest.mark.slow

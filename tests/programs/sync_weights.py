@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch._dynamo.utils
 
 from core.encoding import collate, encode_prompt, load_processor
 from core.policy import load_policy, token_logps
@@ -71,5 +72,6 @@ for size in (1, 16):
     missing = sync(size)
     result[f"{size} a call"] = [before, missing, sample()[1]]
 result["left out"] = sync(16, leave_out="model.visual.blocks.0.attn.proj.weight")
+result["compiled"] = dict(torch._dynamo.utils.counters["inductor"])
 Path(out).write_text(json.dumps(result))
 os._exit(0)  # vLLM's own shutdown can hang
