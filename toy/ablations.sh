@@ -20,7 +20,7 @@ set -euo pipefail
 source "$(dirname "$0")/servers.sh"
 # minutes of each part on two cores of an AMD EPYC
 declare -A MINUTES=(
-    [released]=65 [weights]=45 [pipeline]=30 [heads]=30 [annotators]=30 [downstream]=25
+    [released]=65 [weights]=45 [pipeline]=20 [heads]=30 [annotators]=30 [downstream]=25
     [judges]=150 [saturated]=20 [harsh]=20 [room]=5 [stale]=35
 )
 ALL="released weights pipeline heads annotators downstream judges saturated harsh room stale"
