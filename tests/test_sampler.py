@@ -226,7 +226,9 @@ def test_packed_matrices_are_noticed():
 
 def start_with(monkeypatch, llm, on_gpu=True, **options):
     """start_vllm() with a function in the place of vLLM's LLM."""
+    platforms = SimpleNamespace(current_platform=SimpleNamespace())
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=llm))
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
     monkeypatch.setattr(os, "environ", {})
     return start_vllm("out/rl", 4096, **options)
@@ -236,6 +238,9 @@ def test_vllm_runs_in_this_process_and_ends_with_it(monkeypatch):
     for on_gpu in (True, False):
         environment = start_with(monkeypatch, lambda *_, **__: dict(os.environ), on_gpu)
         assert environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+        platform = sys.modules["vllm.platforms"].current_platform
+        compiles = not hasattr(platform, "simple_compile_backend")
+        assert compiles == on_gpu
 
 
 @pytest.mark.parametrize(
