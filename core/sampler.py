@@ -245,8 +245,8 @@ def start_vllm(folder, context, **options):
 
 def compile_nothing():
     """
-    vLLM compiles a few small functions in spite of enforce_eager; the first rollout of two ranks
-    on two cores waited 26 s for it. To be called before they are imported.
+    Keep vLLM from compiling a few small functions, which it does in spite of enforce_eager: the
+    first rollout of two ranks on two cores waited 26 s for them. Call it before importing vLLM's LLM.
     """
     from vllm.platforms import current_platform
 

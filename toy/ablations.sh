@@ -18,7 +18,7 @@
 #   stale        the pre-clip where ratios are large, and other bounds on a token's loss
 set -euo pipefail
 source "$(dirname "$0")/servers.sh"
-# minutes of each part on two cores of an AMD EPYC
+# minutes of each part on two cores: released and pipeline as measured, the others estimated
 declare -A MINUTES=(
     [released]=65 [weights]=45 [pipeline]=20 [heads]=30 [annotators]=30 [downstream]=25
     [judges]=150 [saturated]=20 [harsh]=20 [room]=5 [stale]=35
