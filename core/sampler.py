@@ -246,7 +246,7 @@ def start_vllm(folder, context, **options):
 def compile_nothing():
     """
     Keep vLLM from compiling a few small functions, which it does in spite of enforce_eager: the
-    first rollout of two ranks on two cores waited 26 s for them. Call it before importing vLLM's LLM.
+    first rollout of two ranks on two cores waited 26 s for them. Call it before vLLM is imported.
     """
     from vllm.platforms import current_platform
 
